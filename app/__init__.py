@@ -1,0 +1,1 @@
+"""Plimsoll: a margining service for perpetual futures."""

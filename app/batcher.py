@@ -1,0 +1,101 @@
+"""One pipeline for all the Redis commands that became ready in the same turn of the event loop.
+
+A round trip costs redis-py about as much as a small batch does, so a busy process pays it once for many requests. The
+commands of one batch are independent: nothing relies on their order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import Any, Final
+
+from redis.asyncio import ConnectionPool
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+COMMANDS_PER_PIPELINE_MAX: Final = 256
+PIPELINES_MAX: Final = 2
+"""Two in flight: while one is answered the next is sent; what comes meanwhile makes the batches larger."""
+
+Command = tuple[str | bytes | int | float, ...]
+
+
+class NotSentError(RedisConnectionError):
+    """No connection could be had: the command was not sent, so it was not applied."""
+
+
+class Batcher:
+    """Sends what ``execute`` is given during one loop turn as one pipeline, without retries."""
+
+    def __init__(self, pool: ConnectionPool, *, timeout_seconds: float) -> None:
+        self._pool = pool
+        self._timeout_seconds = timeout_seconds
+        self._waiting: deque[tuple[Command, asyncio.Future[Any]]] = deque()
+        self._scheduled = False
+        self._pipelines: set[asyncio.Task[None]] = set()
+
+    def execute(self, *command: str | bytes | int | float) -> asyncio.Future[Any]:
+        """The answer to ``command``, as redis-py parses it, with bytes left as bytes.
+
+        Raises ``ResponseError`` for Redis's own refusal, ``NotSentError`` when no connection could be had, and a
+        redis ``ConnectionError`` or ``TimeoutError`` when the command was sent and its outcome is unknown.
+        """
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Any] = loop.create_future()
+        self._waiting.append((command, answer))
+        if not self._scheduled:
+            self._scheduled = True
+            loop.call_soon(self._flush)
+        return answer
+
+    async def close(self) -> None:
+        """Wait for the pipelines in flight."""
+        while self._pipelines:
+            await asyncio.gather(*self._pipelines, return_exceptions=True)
+
+    def _flush(self) -> None:
+        self._scheduled = False
+        while self._waiting and len(self._pipelines) < PIPELINES_MAX:
+            size = min(len(self._waiting), COMMANDS_PER_PIPELINE_MAX)
+            batch = [self._waiting.popleft() for _ in range(size)]
+            pipeline = asyncio.get_running_loop().create_task(self._send(batch))
+            self._pipelines.add(pipeline)
+            pipeline.add_done_callback(self._finished)
+
+    def _finished(self, pipeline: asyncio.Task[None]) -> None:
+        self._pipelines.discard(pipeline)
+        self._flush()
+
+    async def _send(self, batch: list[tuple[Command, asyncio.Future[Any]]]) -> None:
+        try:
+            connection = await self._pool.get_connection()
+        except (RedisConnectionError, RedisTimeoutError, OSError) as error:
+            _fail([answer for _, answer in batch], NotSentError(str(error)))
+            return
+        unanswered = deque(answer for _, answer in batch)
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                await connection.send_packed_command(connection.pack_commands([command for command, _ in batch]))
+                while unanswered:
+                    try:
+                        response = await connection.read_response()
+                    except ResponseError as error:
+                        _fail([unanswered.popleft()], error)
+                    else:
+                        answer = unanswered.popleft()
+                        if not answer.done():
+                            answer.set_result(response)
+        except (RedisConnectionError, RedisTimeoutError, OSError, TimeoutError) as error:
+            # The answers that are missing may still arrive on this connection: it must not serve anybody else.
+            await connection.disconnect(nowait=True)
+            _fail(unanswered, RedisTimeoutError(str(error) or "no answer in time"))
+        finally:
+            await self._pool.release(connection)
+
+
+def _fail(answers: list[asyncio.Future[Any]] | deque[asyncio.Future[Any]], error: Exception) -> None:
+    for answer in answers:
+        if not answer.done():
+            answer.set_exception(error)

@@ -1,0 +1,318 @@
+"""The columns: a packed copy of every account in Redis, read a chunk at a time for sweeps and reports.
+
+Each column is a Redis string of little-endian int64 in units of 1e-8; an account's value lies at ``8 x slot``. A chunk
+comes with the marks and the mark version in one MULTI, so that no row is torn and none is judged by an older mark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from redis.asyncio import Redis
+
+from app import redis_client as keys
+from app.contracts import Contract
+from app.numbers import UNITS_PER_ONE, exact, from_units
+from app.records import UNIT, parse_mark
+from app.services import margin
+from app.services.margin import AccountMargin, Column, Exposure, Flags
+from app.services.trading import Account, Position
+
+INT64: Final = np.dtype("<i8")
+ROUNDING_ERROR_RELATIVE: Final = 2.0**-48
+"""More than float64 can lose, relative to the sum of what was added up: some ten roundings of 2**-53 each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """The marks one read found: price by symbol, when each was accepted in microseconds, and their version.
+
+    ``by_hand`` names those that were set by hand and have no version yet: a sweep adopts them before it judges.
+    """
+
+    prices: Mapping[str, Decimal]
+    timestamps_us: Mapping[str, int]
+    version: int
+    by_hand: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The packed rows of the accounts in slots ``first_slot`` and on, as int64 units of 1e-8, and their marks."""
+
+    first_slot: int
+    balance: NDArray[np.int64]
+    breach: NDArray[np.int64]
+    quantity: Mapping[str, NDArray[np.int64]]
+    cost: Mapping[str, NDArray[np.int64]]
+    marks: Marks
+
+    def __len__(self) -> int:
+        return len(self.balance)
+
+    def account(self, index: int, account_id: str) -> Account:
+        """The exact account in row ``index``."""
+        positions = {
+            symbol: Position(quantity=from_units(int(column[index])), cost=from_units(int(self.cost[symbol][index])))
+            for symbol, column in self.quantity.items()
+            if column[index] or self.cost[symbol][index]
+        }
+        return Account(account_id, from_units(int(self.balance[index])), positions)
+
+    def packed_row(self, index: int) -> bytes:
+        """The row as it lies in the balance, quantity and cost columns, one after the other."""
+        return b"".join(
+            [UNIT.pack(self.balance[index])]
+            + [UNIT.pack(column[symbol][index]) for symbol in self.quantity for column in (self.quantity, self.cost)]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ScreenedChunk:
+    """A chunk valued in float64. Verdicts are not made here: a flag says that Decimal has to look.
+
+    ``may_be_candidate`` and ``may_be_restored`` miss no account; ``surely_candidate`` holds no account that is none.
+    ``unvalued`` marks the rows with an open position that has no mark: nothing is breached on a missing one.
+    """
+
+    valued: AccountMargin[Column]
+    is_open: Flags
+    unvalued: Flags
+    surely_candidate: Flags
+    may_be_candidate: Flags
+    may_be_restored: Flags
+
+
+@dataclass(slots=True)
+class Sums:
+    """Exact sums over accounts, as Python integers of 1e-8 and apart from any mark; int64 sums would wrap."""
+
+    balance: int = 0
+    quantity_long: dict[str, int] = field(default_factory=dict)
+    quantity_short: dict[str, int] = field(default_factory=dict)
+    cost: dict[str, int] = field(default_factory=dict)
+
+    def add(self, chunk: Chunk) -> None:
+        """Add every row of ``chunk``."""
+        self.balance += _exact_sum(chunk.balance)
+        for symbol, quantity in chunk.quantity.items():
+            for sums, column in (
+                (self.quantity_long, np.maximum(quantity, 0)),
+                (self.quantity_short, np.minimum(quantity, 0)),
+                (self.cost, chunk.cost[symbol]),
+            ):
+                sums[symbol] = sums.get(symbol, 0) + _exact_sum(column)
+
+    @exact
+    def value(self, prices: Mapping[str, Decimal], contracts: Mapping[str, Contract]) -> Totals:
+        """What the sums amount to at ``prices``; a symbol without a price counts its balances only."""
+        long_notional = short_notional = unrealised = used = maintenance = Decimal(0)
+        for symbol, price in prices.items():
+            bought, sold = (
+                margin.position_exposure(
+                    quantity=from_units(quantities.get(symbol, 0)),
+                    cost=cost,
+                    mark_price=price,
+                    initial_rate=contracts[symbol].initial_rate,
+                    maintenance_rate=contracts[symbol].maintenance_rate,
+                )
+                for quantities, cost in (
+                    (self.quantity_long, from_units(self.cost.get(symbol, 0))),
+                    (self.quantity_short, Decimal(0)),
+                )
+            )
+            both = bought + sold
+            long_notional += bought.notional
+            short_notional += sold.notional
+            unrealised += both.unrealised_pnl
+            used += both.used_margin
+            maintenance += both.maintenance_margin
+        return Totals(
+            equity=from_units(self.balance) + unrealised,
+            used_margin=used,
+            maintenance_margin=maintenance,
+            long_notional=long_notional,
+            short_notional=short_notional,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Sums over every account in USDT, exact."""
+
+    equity: Decimal
+    used_margin: Decimal
+    maintenance_margin: Decimal
+    long_notional: Decimal
+    short_notional: Decimal
+
+
+def screen(chunk: Chunk, contracts: Mapping[str, Contract], *, restore_at: str) -> ScreenedChunk:
+    """Value every row of ``chunk`` at its marks, with room for what float64 rounds away."""
+    count = len(chunk)
+    zeros = np.zeros(count)
+    balance = chunk.balance.astype(np.float64) / UNITS_PER_ONE
+    exposure: Exposure[Column] = Exposure(zeros, zeros, zeros, zeros)
+    magnitude = np.abs(balance)
+    unvalued = np.zeros(count, dtype=np.bool_)
+    is_open = np.zeros(count, dtype=np.bool_)
+    for symbol, quantity_units in chunk.quantity.items():
+        open_here = quantity_units != 0
+        if not open_here.any():
+            continue
+        is_open |= open_here
+        price = chunk.marks.prices.get(symbol)
+        if price is None:
+            unvalued |= open_here
+            continue
+        quantity = quantity_units.astype(np.float64) / UNITS_PER_ONE
+        cost = chunk.cost[symbol].astype(np.float64) / UNITS_PER_ONE
+        here = margin.position_exposure(
+            quantity=quantity,
+            cost=cost,
+            mark_price=_for_every_row(price),
+            initial_rate=_for_every_row(contracts[symbol].initial_rate),
+            maintenance_rate=_for_every_row(contracts[symbol].maintenance_rate),
+        )
+        exposure = exposure + here
+        magnitude = magnitude + here.notional + np.abs(cost)
+    valued = AccountMargin(balance=balance, exposure=exposure)
+    equity, room = valued.equity, magnitude * ROUNDING_ERROR_RELATIVE
+    maintenance = exposure.maintenance_margin
+    restore = exposure.used_margin if restore_at == "initial" else maintenance
+    known, in_breach = ~unvalued, chunk.breach != 0
+    return ScreenedChunk(
+        valued=valued,
+        is_open=is_open,
+        unvalued=unvalued,
+        surely_candidate=known
+        & margin.is_candidate(notional=exposure.notional, equity=equity + room, maintenance_margin=maintenance),
+        may_be_candidate=known
+        & margin.is_candidate(notional=exposure.notional, equity=equity - room, maintenance_margin=maintenance),
+        may_be_restored=known
+        & in_breach
+        & margin.is_restored(notional=exposure.notional, equity=equity + room, restore_margin=restore),
+    )
+
+
+async def read_marks(client: Redis, contracts: Mapping[str, Contract]) -> Marks:
+    """The marks as they are now."""
+    async with client.pipeline(transaction=True) as pipeline:
+        _ask_for_marks(pipeline, list(contracts))
+        texts, *accepted = await pipeline.execute()
+    return _marks_from(texts, accepted, contracts)
+
+
+async def read_chunk(client: Redis, first_slot: int, count: int, contracts: Mapping[str, Contract]) -> Chunk:
+    """Rows ``first_slot`` to ``first_slot + count``, fewer at the end, with the marks of the same moment."""
+    symbols = list(contracts)
+    columns = [keys.COLUMN_BALANCE, keys.COLUMN_BREACH]
+    for symbol in symbols:
+        columns += [keys.quantity_column(symbol), keys.cost_column(symbol)]
+    async with client.pipeline(transaction=True) as pipeline:
+        _ask_for_marks(pipeline, symbols)
+        pipeline.llen(keys.ACCOUNTS)
+        for column in columns:
+            pipeline.getrange(column, first_slot * UNIT.size, (first_slot + count) * UNIT.size - 1)
+        answer = await pipeline.execute()
+    accounts, *packed_columns = answer[1 + len(symbols) :]
+    rows = max(0, min(count, int(accounts) - first_slot))
+    balance, breach, *per_symbol = (_column(packed, rows) for packed in packed_columns)
+    return Chunk(
+        first_slot=first_slot,
+        balance=balance,
+        breach=breach,
+        quantity=dict(zip(symbols, per_symbol[::2], strict=True)),
+        cost=dict(zip(symbols, per_symbol[1::2], strict=True)),
+        marks=_marks_from(answer[0], answer[1 : 1 + len(symbols)], contracts),
+    )
+
+
+async def read_chunks(client: Redis, contracts: Mapping[str, Contract], *, chunk_accounts: int) -> AsyncIterator[Chunk]:
+    """Every account, chunk by chunk; each chunk has the marks of its own moment. An empty system has one empty chunk."""
+    first_slot = 0
+    while True:
+        chunk = await read_chunk(client, first_slot, chunk_accounts, contracts)
+        if len(chunk) or not first_slot:
+            yield chunk
+        if len(chunk) < chunk_accounts:
+            return
+        first_slot += chunk_accounts
+
+
+async def account_names(client: Redis, slots: Sequence[int]) -> list[str]:
+    """The account in each of ``slots``, in their order."""
+    if not slots:
+        return []
+    first, last = min(slots), max(slots)
+    if last - first < 4 * len(slots):
+        names = await client.lrange(keys.ACCOUNTS, first, last)
+        return [names[slot - first].decode() for slot in slots]
+    async with client.pipeline(transaction=False) as pipeline:
+        for slot in slots:
+            pipeline.lindex(keys.ACCOUNTS, slot)
+        return [name.decode() for name in await pipeline.execute()]
+
+
+async def quarantined_slots(client: Redis) -> tuple[dict[int, str], list[str]]:
+    """The accounts in quarantine by slot, and those made by hand that have none."""
+    names = [name.decode() for name in await client.hkeys(keys.QUARANTINED)]
+    async with client.pipeline(transaction=False) as pipeline:
+        for name in names:
+            pipeline.hget(keys.ledger_key(name), "slot")
+        slots = await pipeline.execute(raise_on_error=False)
+    by_slot, without_slot = {}, []
+    for name, slot in zip(names, slots, strict=True):
+        if isinstance(slot, bytes) and slot.isdigit():
+            by_slot[int(slot)] = name
+        else:
+            without_slot.append(name)
+    return by_slot, without_slot
+
+
+def _ask_for_marks(pipeline: Redis, symbols: Sequence[str]) -> None:
+    pipeline.mget([*(keys.mark_price_key(symbol) for symbol in symbols), keys.MARK_VERSION])
+    for symbol in symbols:
+        pipeline.hmget(keys.mark_key(symbol), "price", "timestamp")
+
+
+def _marks_from(
+    texts: Sequence[bytes | None], accepted: Sequence[Sequence[bytes | None]], contracts: Mapping[str, Contract]
+) -> Marks:
+    """The marks in the answers to ``_ask_for_marks``: the texts with the version last, and what was accepted."""
+    prices, timestamps, by_hand = {}, {}, []
+    for text, (accepted_text, timestamp), (symbol, contract) in zip(
+        texts[:-1], accepted, contracts.items(), strict=True
+    ):
+        price = parse_mark(text, contract)
+        if price is None:
+            continue
+        prices[symbol] = price
+        timestamps[symbol] = int(timestamp or 0)
+        if text != accepted_text:
+            by_hand.append(symbol)
+    return Marks(prices=prices, timestamps_us=timestamps, version=int(texts[-1] or 0), by_hand=tuple(by_hand))
+
+
+def _for_every_row(value: Decimal) -> Column:
+    """One value that numpy pairs with every row of a column."""
+    return np.array(float(value))
+
+
+def _exact_sum(column: NDArray[np.int64]) -> int:
+    """The sum as a Python integer: the halves of each value are summed apart, so that no int64 wraps."""
+    return (int((column >> 32).sum()) << 32) + int((column & 0xFFFFFFFF).sum())
+
+
+def _column(packed: bytes, rows: int) -> NDArray[np.int64]:
+    """A column of ``rows`` values; one that ends early holds zeros from there on."""
+    if len(packed) >= rows * UNIT.size:
+        return np.frombuffer(packed, dtype=INT64, count=rows)
+    column = np.zeros(rows, dtype=INT64)
+    column[: len(packed) // UNIT.size] = np.frombuffer(packed[: len(packed) // UNIT.size * UNIT.size], dtype=INT64)
+    return column

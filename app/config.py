@@ -1,0 +1,70 @@
+"""Settings: every ``PLIMSOLL_...`` environment variable, its unit in its name, its default here."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from app.contracts import BTC_PERP, Contract
+
+
+def _contract_from_json(value: object) -> object:
+    """A contract as a JSON object with decimal strings; names that are left out take the default."""
+    if not isinstance(value, dict):
+        return value
+    return Contract(**{name: item if name == "symbol" else Decimal(str(item)) for name, item in value.items()})
+
+
+class Settings(BaseSettings):
+    """What may be configured. ``PLIMSOLL_API_PORT=9000`` sets ``api_port``."""
+
+    model_config = SettingsConfigDict(env_prefix="PLIMSOLL_", frozen=True, arbitrary_types_allowed=True)
+
+    redis_url: str | None = None
+    database_url: str | None = None
+    data_dir: Path = Path(".plimsoll")
+    redis_server: Path | None = None
+
+    api_host: str = "127.0.0.1"
+    api_port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    api_workers: PositiveInt = 1
+    watchdog_host: str = "127.0.0.1"
+    watchdog_port: Annotated[int, Field(ge=0, le=65535)] = 8001
+    demo: Literal["on", "off"] = "on"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    contracts: tuple[Annotated[Contract, BeforeValidator(_contract_from_json)], ...] = (BTC_PERP,)
+    restore_at: Literal["initial", "maintenance"] = "initial"
+    mark_max_age_seconds: PositiveFloat | None = None
+    mark_jump_max: Annotated[Decimal, Field(gt=0)] = Decimal("0.5")
+
+    sweep_interval_seconds: PositiveFloat = 1.0
+    sweep_chunk_accounts: PositiveInt = 131_072
+    audit_accounts_per_sweep: PositiveInt = 500
+    refresh_accounts_per_sweep: PositiveInt = 2_000
+
+    redis_timeout_seconds: PositiveFloat = 2.0
+    record_timeout_seconds: PositiveFloat = 2.0
+    outbox_soft_limit: PositiveInt = 200_000
+    outbox_hard_limit: PositiveInt = 400_000
+    outbox_batch_rows: PositiveInt = 1_000
+    operation_ttl_seconds: PositiveInt = 86_400
+
+    @field_validator("contracts")
+    @classmethod
+    def _symbols_are_unique(cls, contracts: tuple[Contract, ...]) -> tuple[Contract, ...]:
+        symbols = [contract.symbol for contract in contracts]
+        if not symbols or len(set(symbols)) != len(symbols):
+            raise ValueError("contracts must name at least one symbol, each once")
+        return contracts
+
+
+@lru_cache(maxsize=1)
+def get_settings() -> Settings:
+    """The settings of this process, read from its environment once."""
+    return Settings()

@@ -1,0 +1,121 @@
+"""Postgres: the engine, its migrations, and the queries that read history."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import resources
+from typing import Final, TypeVar
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import ColumnElement, make_url, select, tuple_
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import aliased
+
+from app.history import STATEMENT_TIMEOUT_SECONDS
+from app.models import HistoryRow, Liquidation, Recovery
+
+POOL_SIZE: Final = 4
+
+Row = TypeVar("Row", bound=HistoryRow)
+
+
+def format_timestamp(timestamp: datetime) -> str:
+    """ISO 8601 in UTC with microseconds."""
+    return timestamp.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def create_engine(database_url: str) -> AsyncEngine:
+    """An engine on asyncpg for ``database_url``, a plain ``postgresql://`` URL."""
+    return create_async_engine(
+        make_url(database_url).set(drivername="postgresql+asyncpg"),
+        pool_size=POOL_SIZE,
+        max_overflow=POOL_SIZE,
+        pool_timeout=STATEMENT_TIMEOUT_SECONDS,
+        pool_pre_ping=False,
+        connect_args={"timeout": STATEMENT_TIMEOUT_SECONDS, "command_timeout": 10 * STATEMENT_TIMEOUT_SECONDS},
+    )
+
+
+def create_sessions(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
+    """Sessions that read history; what they loaded stays usable after they end."""
+    return async_sessionmaker(engine, expire_on_commit=False)
+
+
+def migrate(database_url: str, *, revision: str = "head") -> None:
+    """Bring the schema to ``revision`` with Alembic, over psycopg2; ``base`` removes it."""
+    config = Config()
+    config.set_main_option("script_location", str(resources.files("app") / "migrations"))
+    config.attributes["database_url"] = make_url(database_url).set(drivername="postgresql+psycopg2")
+    if revision == "base":
+        command.downgrade(config, revision)
+    else:
+        command.upgrade(config, revision)
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryFilter:
+    """Which rows to list: of an account, from and before a time, of an operation id."""
+
+    account_id: str | None = None
+    start: datetime | None = None
+    end: datetime | None = None
+    operation_id: str | None = None
+
+
+Cursor = tuple[datetime, int]
+
+
+async def list_history(
+    sessions: async_sessionmaker[AsyncSession],
+    model: type[Row],
+    history_filter: HistoryFilter,
+    *,
+    limit: int,
+    cursor: Cursor | None,
+) -> list[Row]:
+    """At most ``limit`` rows after ``cursor``, by (timestamp, id), newest first."""
+    query = select(model).order_by(model.timestamp.desc(), model.id.desc()).limit(limit)
+    query = query.where(*_conditions(model, history_filter))
+    if cursor is not None:
+        query = query.where(tuple_(model.timestamp, model.id) < cursor)
+    async with sessions() as session:
+        return list((await session.scalars(query)).all())
+
+
+async def list_liquidations(
+    sessions: async_sessionmaker[AsyncSession],
+    history_filter: HistoryFilter,
+    *,
+    limit: int,
+    cursor: Cursor | None,
+) -> list[tuple[Liquidation, datetime | None]]:
+    """As ``list_history``, each liquidation with the time its breach ended, or None."""
+    recovery = aliased(Recovery)
+    query = (
+        select(Liquidation, recovery.timestamp)
+        .outerjoin(recovery, recovery.liquidation_id == Liquidation.id)
+        .order_by(Liquidation.timestamp.desc(), Liquidation.id.desc())
+        .limit(limit)
+        .where(*_conditions(Liquidation, history_filter))
+    )
+    if cursor is not None:
+        query = query.where(tuple_(Liquidation.timestamp, Liquidation.id) < cursor)
+    async with sessions() as session:
+        return [(row[0], row[1]) for row in (await session.execute(query)).all()]
+
+
+def _conditions(model: type[HistoryRow], history_filter: HistoryFilter) -> list[ColumnElement[bool]]:
+    conditions = []
+    if history_filter.account_id is not None:
+        conditions.append(model.account_id == history_filter.account_id)
+    if history_filter.start is not None:
+        conditions.append(model.timestamp >= history_filter.start)
+    if history_filter.end is not None:
+        conditions.append(model.timestamp < history_filter.end)
+    if history_filter.operation_id is not None:
+        column = getattr(model, "client_trade_id", None) or model.client_transfer_id  # type: ignore[attr-defined]
+        conditions.append(column == history_filter.operation_id)
+    return conditions

@@ -1,0 +1,125 @@
+"""Rows of history on their way to Postgres: what the scripts stamped, and the fenced insert that records them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+import asyncpg
+import orjson
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from app.models import HISTORY, HistoryRow
+
+FENCE_LOCK: Final = 0x706C696D
+"""Advisory lock: writers of history share it, a new epoch takes it alone."""
+
+STATEMENT_TIMEOUT_SECONDS: Final = 2.0
+UNIX_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class FencedError(Exception):
+    """History is taken only from the newest epoch, and these rows are of an older one."""
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryEntry:
+    """A row of history on its way to Postgres: what the commit script stamped, and the body as JSON."""
+
+    id: int
+    kind: str
+    account_id: str
+    seq: int
+    epoch: int
+    time_us: int
+    body: bytes
+
+    def row_json(self) -> bytes:
+        """The whole row as one JSON object, its decimals as strings."""
+        head = orjson.dumps(
+            {
+                "id": self.id,
+                "account_id": self.account_id,
+                "seq": self.seq,
+                "epoch": self.epoch,
+                "timestamp": timestamp_of(self.time_us).isoformat(),
+            }
+        )
+        return head[:-1] + b"," + self.body[1:]
+
+
+def timestamp_of(time_us: int) -> datetime:
+    """The time ``time_us`` microseconds after the Unix epoch, in UTC, without a float in between."""
+    return UNIX_EPOCH + timedelta(microseconds=time_us)
+
+
+def _columns(model: type[HistoryRow]) -> str:
+    return ", ".join(column.name for column in model.__table__.columns)
+
+
+def _typed_columns(model: type[HistoryRow]) -> str:
+    dialect = postgresql.dialect()
+    return ", ".join(f"{column.name} {column.type.compile(dialect=dialect)}" for column in model.__table__.columns)
+
+
+# The names in these statements come from the models, all values are parameters.
+_INSERT: Final = {
+    kind: f"INSERT INTO {model.__tablename__} ({_columns(model)}) "  # noqa: S608
+    f"SELECT {_columns(model)} FROM jsonb_to_recordset($1::text::jsonb) AS row ({_typed_columns(model)}) "
+    "ON CONFLICT (id) DO NOTHING RETURNING id"
+    for kind, model in HISTORY.items()
+}
+_SAME: Final = {
+    kind: f"SELECT EXISTS (SELECT {_columns(model)} FROM {model.__tablename__} WHERE id = $2 INTERSECT "  # noqa: S608
+    f"SELECT {_columns(model)} FROM jsonb_to_record($1::text::jsonb) AS row ({_typed_columns(model)}))"
+    for kind, model in HISTORY.items()
+}
+
+
+async def write_history(engine: AsyncEngine, entries: Sequence[HistoryEntry], *, epoch: int) -> list[HistoryEntry]:
+    """Insert ``entries`` in one transaction; answer those whose id was there already with other content.
+
+    An id that is there with the same content is a row written before, and no news. Raises ``FencedError`` when
+    ``epoch`` is not the newest, and asyncpg's errors.
+    """
+    by_kind: dict[str, list[HistoryEntry]] = {}
+    for entry in entries:
+        by_kind.setdefault(entry.kind, []).append(entry)
+    contradicted = []
+    async with engine.connect() as connection:
+        driver = await _driver(connection)
+        async with driver.transaction():
+            # Two statements: the epoch must be read by a snapshot taken after the lock was granted.
+            await driver.execute(
+                f"SELECT pg_advisory_xact_lock_shared({FENCE_LOCK})", timeout=STATEMENT_TIMEOUT_SECONDS
+            )
+            newest = await driver.fetchval("SELECT max(epoch) FROM epochs", timeout=STATEMENT_TIMEOUT_SECONDS)
+            if newest != epoch:
+                raise FencedError(f"epoch {epoch} is not the newest, {newest}")
+            for kind, rows in by_kind.items():
+                inserted = await driver.fetch(
+                    _INSERT[kind],
+                    (b"[" + b",".join(row.row_json() for row in rows) + b"]").decode(),
+                    timeout=STATEMENT_TIMEOUT_SECONDS,
+                )
+                if len(inserted) < len(rows):
+                    new = {record["id"] for record in inserted}
+                    contradicted += [row for row in rows if row.id not in new and not await _is_recorded(driver, row)]
+    return contradicted
+
+
+async def _is_recorded(driver: asyncpg.Connection, entry: HistoryEntry) -> bool:
+    """Whether Postgres holds ``entry`` with just this content."""
+    return bool(
+        await driver.fetchval(_SAME[entry.kind], entry.row_json().decode(), entry.id, timeout=STATEMENT_TIMEOUT_SECONDS)
+    )
+
+
+async def _driver(connection: AsyncConnection) -> asyncpg.Connection:
+    """The asyncpg connection under SQLAlchemy's, for statements in batches."""
+    driver = (await connection.get_raw_connection()).driver_connection
+    assert isinstance(driver, asyncpg.Connection)
+    return driver

@@ -1,0 +1,68 @@
+"""Request bodies, read strictly: a number keeps its own digits, and what is ambiguous is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
+
+from fastapi import HTTPException, Request, Response
+from fastapi.routing import APIRoute
+
+JSON_TYPE: Final = "application/json"
+
+
+class NumberText(str):
+    """A JSON number as the text it was sent as; no binary float has seen it."""
+
+    __slots__ = ()
+
+
+class ExactJSONRequest(Request):
+    """A request whose JSON numbers arrive as ``NumberText``."""
+
+    async def json(self) -> Any:  # noqa: ANN401  # what the client sent
+        """The body, parsed. Raises ``HTTPException`` 400 for text that is not one JSON value, or not a clear one."""
+        if not hasattr(self, "_json"):
+            try:
+                text = (await self.body()).decode("utf-8")
+                self._json = json.loads(
+                    text,
+                    parse_float=NumberText,
+                    parse_int=NumberText,
+                    parse_constant=_refuse_constant,
+                    object_pairs_hook=_object_without_duplicates,
+                )
+            except RecursionError as error:
+                raise HTTPException(400, "the body is nested too deeply") from error
+            except ValueError as error:
+                raise HTTPException(400, f"the body is not JSON in UTF-8: {error}"[:160]) from error
+        return self._json
+
+
+class ExactJSONRoute(APIRoute):
+    """A route that reads its body with ``ExactJSONRequest`` and takes JSON only."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The route's handler, behind the content type check."""
+        handle = super().get_route_handler()
+
+        async def handle_exactly(request: Request) -> Response:
+            if request.method == "POST":
+                content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+                if content_type != JSON_TYPE:
+                    raise HTTPException(415, f"send the body as {JSON_TYPE}")
+            return await handle(ExactJSONRequest(request.scope, request.receive))
+
+        return handle_exactly
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number")
+
+
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("an object names a member twice")
+    return members

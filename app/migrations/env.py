@@ -1,0 +1,15 @@
+"""Alembic's entry: run the migrations on the one database that was handed over, through psycopg2."""
+
+from __future__ import annotations
+
+from alembic import context
+from sqlalchemy import create_engine, pool
+
+from app.models import Base
+
+engine = create_engine(context.config.attributes["database_url"], poolclass=pool.NullPool)
+with engine.connect() as connection:
+    context.configure(connection=connection, target_metadata=Base.metadata, transactional_ddl=True)
+    with context.begin_transaction():
+        context.run_migrations()
+engine.dispose()

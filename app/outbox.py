@@ -1,0 +1,248 @@
+"""From the outbox to Postgres: group commits, a breaker while Postgres is away, and the drain of what was left over.
+
+The commit script has put each row in the stream ``outbox`` already, so nothing here can lose one: the process that
+booked it writes it at once, together with all that waits, and deletes it from the stream; whatever it leaves behind,
+dead or slow, any process drains.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import asyncpg
+import structlog
+from redis.exceptions import RedisError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from app import errors, metrics
+from app import redis_client as keys
+from app.config import Settings
+from app.history import FencedError, HistoryEntry, write_history
+from app.redis_client import StateStore
+
+DRAIN_INTERVAL_SECONDS: Final = 0.5
+LEFT_OVER_AGE_SECONDS: Final = 2.0
+"""An entry this old in the stream is not about to be written by the process that booked it."""
+
+POISON_CLASSES: Final = ("22", "23")
+"""SQLSTATE classes of a row that Postgres can never take: data exceptions and integrity violations."""
+
+POSTGRES_ERRORS: Final = (
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    DBAPIError,
+    SQLAlchemyError,
+    PoolTimeoutError,
+    OSError,
+    TimeoutError,
+)
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxState:
+    """How much history waits for Postgres, and since when."""
+
+    entries: int
+    oldest_age_seconds: float
+
+
+class Outbox:
+    """The writer of history of one process."""
+
+    def __init__(self, store: StateStore, engine: AsyncEngine, settings: Settings) -> None:
+        self._store = store
+        self._engine = engine
+        self._settings = settings
+        self._waiting: list[tuple[HistoryEntry, asyncio.Future[bool]]] = []
+        self._wake = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self.postgres_away = False
+
+    async def start(self) -> None:
+        """Begin to write and to drain."""
+        self._tasks = [
+            asyncio.create_task(self._write_forever(), name="outbox writer"),
+            asyncio.create_task(self._drain_forever(), name="outbox drain"),
+        ]
+
+    async def stop(self) -> None:
+        """Write what waits, bounded by one statement's time, then end."""
+        if self._waiting and not self.postgres_away:
+            await asyncio.wait([answer for _, answer in self._waiting], timeout=self._settings.record_timeout_seconds)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def record(self, entries: Sequence[HistoryEntry]) -> bool:
+        """Wait until ``entries`` are committed in Postgres; False once it is known to be away.
+
+        Either way they are in the stream and will be recorded.
+        """
+        if self.postgres_away:
+            return False
+        loop = asyncio.get_running_loop()
+        answers = []
+        for entry in entries:
+            answer: asyncio.Future[bool] = loop.create_future()
+            self._waiting.append((entry, answer))
+            answers.append(answer)
+        self._wake.set()
+        done, late = await asyncio.wait(answers, timeout=self._settings.record_timeout_seconds)
+        if late:
+            self._open_breaker("no answer in time")
+        return not late and all(answer.result() for answer in done)
+
+    async def is_recorded(self, history_id: int) -> bool:
+        """Whether the row is in Postgres: written rows leave the stream."""
+        entry = f"{history_id}-0"
+        return not await self._store.client.xrange(keys.OUTBOX, entry, entry)
+
+    async def ping_postgres(self) -> None:
+        """Raise ``StoreUnavailable`` unless Postgres answers."""
+        try:
+            async with self._engine.connect() as connection:
+                await connection.exec_driver_sql("SELECT 1")
+        except POSTGRES_ERRORS as error:
+            raise errors.StoreUnavailable("Postgres did not answer", reason="postgres") from error
+
+    async def state(self) -> OutboxState:
+        """The length of the stream and the age of its oldest entry."""
+        async with self._store.client.pipeline(transaction=True) as pipeline:
+            pipeline.xlen(keys.OUTBOX)
+            pipeline.xrange(keys.OUTBOX, count=1)
+            pipeline.time()
+            length, oldest, (seconds, microseconds) = await pipeline.execute()
+        if not oldest:
+            return OutboxState(entries=length, oldest_age_seconds=0.0)
+        age_us = seconds * 1_000_000 + microseconds - int(oldest[0][1][b"time"])
+        return OutboxState(entries=length, oldest_age_seconds=max(0.0, age_us / 1_000_000))
+
+    async def drain(self, *, older_than_seconds: float = 0.0) -> int:
+        """Write the entries in the stream that are old enough, in stream order; answer how many.
+
+        Raises Postgres' errors and Redis'.
+        """
+        written, after = 0, "-"
+        while True:
+            async with self._store.client.pipeline(transaction=True) as pipeline:
+                pipeline.hget(keys.STATE_EPOCH, "epoch")
+                pipeline.xrange(keys.OUTBOX, min=after, count=self._settings.outbox_batch_rows)
+                pipeline.time()
+                epoch, found, (seconds, microseconds) = await pipeline.execute()
+            now_us = seconds * 1_000_000 + microseconds
+            entries = [
+                entry
+                for entry in (entry_from_stream(entry_id, fields) for entry_id, fields in found)
+                if now_us - entry.time_us >= older_than_seconds * 1_000_000
+            ]
+            if not entries:
+                return written
+            await self._write(entries, epoch=int(epoch or 0))
+            written += len(entries)
+            after = f"({entries[-1].id}-0"
+
+    async def _write_forever(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._waiting:
+                batch = self._waiting[: self._settings.outbox_batch_rows]
+                del self._waiting[: len(batch)]
+                # A row of an older epoch may be one that Redis has lost since: only the drain, which reads what Redis
+                # holds now, may still write it.
+                epoch = batch[-1][0].epoch
+                _answer([item for item in batch if item[0].epoch != epoch], recorded=False)
+                batch = [item for item in batch if item[0].epoch == epoch]
+                try:
+                    await self._write([entry for entry, _ in batch], epoch=epoch)
+                except (*POSTGRES_ERRORS, FencedError, errors.PlimsollError, RedisError) as error:
+                    self._open_breaker(repr(error))
+                    _answer(batch, recorded=False)
+                else:
+                    self.postgres_away = False
+                    _answer(batch, recorded=True)
+
+    async def _drain_forever(self) -> None:
+        while True:
+            await asyncio.sleep(DRAIN_INTERVAL_SECONDS)
+            try:
+                if await self.drain(older_than_seconds=0.0 if self.postgres_away else LEFT_OVER_AGE_SECONDS):
+                    log.info("drained the outbox")
+                if self.postgres_away:
+                    await self.ping_postgres()
+                    self.postgres_away = False
+                    log.info("Postgres is back")
+            except FencedError:
+                metrics.HISTORY_FENCED.inc()
+            except (*POSTGRES_ERRORS, errors.PlimsollError, RedisError) as error:
+                log.debug("the outbox waits", error=repr(error))
+
+    async def _write(self, entries: Sequence[HistoryEntry], *, epoch: int) -> None:
+        try:
+            contradicted = await write_history(self._engine, entries, epoch=epoch)
+        except asyncpg.PostgresError as error:
+            if not (error.sqlstate or "").startswith(POISON_CLASSES):
+                raise
+            await self._write_one_by_one(entries, epoch=epoch)
+            return
+        for entry in contradicted:
+            await self._bury(entry, "a row with this id says something else")
+        self._delete(entries)
+
+    def _delete(self, entries: Sequence[HistoryEntry]) -> None:
+        """Take recorded rows out of the stream. Nobody waits: a row that stays is drained, which changes nothing."""
+        deleted = self._store.batcher.execute("XDEL", keys.OUTBOX, *(f"{entry.id}-0" for entry in entries))
+        deleted.add_done_callback(lambda answer: answer.cancelled() or answer.exception())
+
+    async def _write_one_by_one(self, entries: Sequence[HistoryEntry], *, epoch: int) -> None:
+        """Let the rows that Postgres takes flow, and put those it can never take aside."""
+        for entry in entries:
+            try:
+                contradicted = await write_history(self._engine, [entry], epoch=epoch)
+            except asyncpg.PostgresError as error:
+                if not (error.sqlstate or "").startswith(POISON_CLASSES):
+                    raise
+                await self._bury(entry, str(error))
+            else:
+                if contradicted:
+                    await self._bury(entry, "a row with this id says something else")
+            self._delete([entry])
+
+    async def _bury(self, entry: HistoryEntry, reason: str) -> None:
+        """Keep a row that Postgres cannot take in the dead-letter stream, and say so."""
+        log.error("history refused a row", id=entry.id, kind=entry.kind, account_id=entry.account_id, reason=reason)
+        metrics.DEAD_LETTERS.inc()
+        await self._store.batcher.execute(
+            "XADD", keys.OUTBOX_DEAD, "*", "reason", reason, "kind", entry.kind, "row", entry.row_json()
+        )
+
+    def _open_breaker(self, reason: str) -> None:
+        if not self.postgres_away:
+            log.warning("Postgres is away; history waits in the outbox", reason=reason)
+        self.postgres_away = True
+
+
+def entry_from_stream(entry_id: bytes, fields: dict[bytes, bytes]) -> HistoryEntry:
+    """The entry that a commit script appended."""
+    return HistoryEntry(
+        id=int(entry_id.partition(b"-")[0]),
+        kind=fields[b"kind"].decode(),
+        account_id=fields[b"account"].decode(),
+        seq=int(fields[b"seq"]),
+        epoch=int(fields[b"epoch"]),
+        time_us=int(fields[b"time"]),
+        body=fields[b"body"],
+    )
+
+
+def _answer(batch: Sequence[tuple[HistoryEntry, asyncio.Future[Any]]], *, recorded: bool) -> None:
+    for _, answer in batch:
+        if not answer.done():
+            answer.set_result(recorded)

@@ -1,0 +1,227 @@
+"""An account as Redis holds it: the user's keys parsed, compared with the packed row, and written back.
+
+The user's keys are the record and may be edited by hand. A record *agrees* when its texts are the ones Plimsoll writes
+and its packed row holds the same numbers; a record that can be read but does not agree is adopted; one that cannot be
+read is quarantined.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any, Final
+
+from app import errors
+from app.contracts import AMOUNT_LIMIT, Contract
+from app.numbers import SMALLEST_UNIT, exact, format_decimal, from_units, is_multiple, parse_decimal, to_units
+from app.services import margin
+from app.services.trading import FLAT, Account, Mark, Position
+
+UNIT: Final = struct.Struct("<q")
+"""One value of a column: a little-endian int64 in units of 1e-8."""
+
+NOTHING: Final = UNIT.pack(0)
+
+
+class RecordError(ValueError):
+    """A key of the record that cannot be read as what it should be."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenBreach:
+    """The breach an account is in: the id of its liquidation row and its time in microseconds."""
+
+    id: int
+    since_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What one call of ``read_account`` found. Texts are kept as they were read: a commit compares them."""
+
+    account_id: str
+    operation: bytes
+    balance_text: bytes
+    fields: tuple[bytes, ...]
+    slot: int | None
+    seq_text: bytes
+    breach_text: bytes
+    breach_at: bytes
+    mark_version: int
+    halted: bool
+    now_us: int
+    packed_balance: bytes
+    packed_positions: Mapping[str, tuple[bytes, bytes]]
+    mark_texts: Mapping[str, tuple[bytes, bytes, bytes]]
+
+    @property
+    def seq(self) -> int:
+        """How many rows of history the account has."""
+        return int(self.seq_text or 0)
+
+    @property
+    def breach(self) -> OpenBreach | None:
+        """The open breach, if there is one."""
+        return OpenBreach(int(self.breach_text), int(self.breach_at)) if self.breach_text else None
+
+    @property
+    def exists(self) -> bool:
+        """An account exists iff its balance key does."""
+        return bool(self.balance_text)
+
+    @property
+    def balance_lost(self) -> bool:
+        """Whether the balance key is gone although history knows the account."""
+        return not self.exists and self.seq > 0
+
+    def marks(self, contracts: Mapping[str, Contract]) -> dict[str, Mark]:
+        """The marks by symbol; one that is missing or cannot be a price is left out."""
+        found = {}
+        for symbol, (text, _, timestamp) in self.mark_texts.items():
+            price = parse_mark(text, contracts[symbol])
+            if price is not None:
+                found[symbol] = Mark(price=price, timestamp_us=int(timestamp or self.now_us))
+        return found
+
+    def marks_set_by_hand(self, contracts: Mapping[str, Contract]) -> list[str]:
+        """The symbols whose mark is a price that no version accounts for yet."""
+        return [
+            symbol
+            for symbol, (text, accepted, _) in self.mark_texts.items()
+            if text != accepted and parse_mark(text, contracts[symbol]) is not None
+        ]
+
+    def account(self, contracts: Mapping[str, Contract]) -> Account:
+        """The record, parsed. Raises ``RecordError``."""
+        return parse_account(self.account_id, self.balance_text, self.fields, contracts)
+
+    def packed_account(self) -> Account:
+        """The account as its packed row, and so its history, has it; all zeros where it has no slot yet."""
+        positions = {}
+        for symbol, (quantity, cost) in self.packed_positions.items():
+            held = Position(quantity=from_units(unpack(quantity)), cost=from_units(unpack(cost)))
+            if held != FLAT:
+                positions[symbol] = held
+        return Account(self.account_id, balance=from_units(unpack(self.packed_balance)), positions=positions)
+
+    def agrees(self, account: Account) -> bool:
+        """Whether the record is written as Plimsoll writes ``account``, and the packed row holds the same."""
+        if self.slot is None or self.balance_text != format_decimal(account.balance).encode():
+            return False
+        written = dict(zip(self.fields[::2], self.fields[1::2], strict=True))
+        return account == self.packed_account() and written == {
+            symbol.encode(): encode_position(position).encode() for symbol, position in account.positions.items()
+        }
+
+
+def unpack(packed: bytes) -> int:
+    """The units in one packed value; a column may end before the slot, which then holds nothing."""
+    return int(UNIT.unpack(packed)[0]) if packed else 0
+
+
+def pack(value: Decimal) -> bytes:
+    """``value`` as one packed value."""
+    return UNIT.pack(to_units(value))
+
+
+def snapshot_from(account_id: str, symbols: Sequence[str], answer: Sequence[Any]) -> Snapshot:
+    """The snapshot in an ``ok`` answer of ``read_account``. Raises ``AccountQuarantined`` for an unreadable ledger."""
+    _, operation, balance, fields, ledger, mark_version, halted, now_us, packed_balance, _, per_symbol = answer
+    slot, seq, breach, _, breach_at = ledger
+    if not all(text == b"" or text.isdigit() for text in (slot, seq, breach, breach_at)):
+        raise errors.AccountQuarantined(f"the ledger of {account_id} cannot be read", reason="ledger")
+    return Snapshot(
+        account_id=account_id,
+        operation=operation,
+        balance_text=balance,
+        fields=tuple(fields),
+        slot=int(slot) if slot else None,
+        seq_text=seq,
+        breach_text=breach,
+        breach_at=breach_at or b"0",
+        mark_version=int(mark_version),
+        halted=bool(halted),
+        now_us=int(now_us),
+        packed_balance=packed_balance,
+        packed_positions={symbol: (item[3], item[4]) for symbol, item in zip(symbols, per_symbol, strict=True)},
+        mark_texts={symbol: tuple(item[:3]) for symbol, item in zip(symbols, per_symbol, strict=True)},
+    )
+
+
+def parse_account(
+    account_id: str, balance_text: bytes, fields: Sequence[bytes], contracts: Mapping[str, Contract]
+) -> Account:
+    """The account that the texts of its balance and positions spell. Raises ``RecordError`` naming the key."""
+    positions = {}
+    for name, text in zip(fields[::2], fields[1::2], strict=True):
+        symbol = name.decode(errors="replace")
+        contract = contracts.get(symbol)
+        if contract is None:
+            raise RecordError(f"positions:{account_id} has a field {symbol[:64]!r}, which is no symbol")
+        position = decode_position(text, contract, where=f"positions:{account_id} {symbol}")
+        if position != FLAT:
+            positions[symbol] = position
+    where = f"account:{account_id}:balance"
+    balance = _number(balance_text, where=where)
+    if abs(balance) > AMOUNT_LIMIT or not is_multiple(balance, SMALLEST_UNIT):
+        raise RecordError(f"{where} is beyond {AMOUNT_LIMIT:f} or has more than 8 decimals")
+    return Account(account_id, balance=balance, positions=positions)
+
+
+def parse_mark(text: bytes | None, contract: Contract) -> Decimal | None:
+    """The mark that ``text`` spells, or None where it cannot be one."""
+    try:
+        price = _number(text or b"", where="mark")
+    except RecordError:
+        return None
+    return price if 0 < price <= contract.price_max and is_multiple(price, SMALLEST_UNIT) else None
+
+
+def encode_position(position: Position) -> str:
+    """The JSON of an open position, with its average price for the reader; ``cost`` is the record."""
+    return (
+        f'{{"quantity": "{format_decimal(position.quantity)}", '
+        f'"avg_price": "{format_decimal(margin.average_price(quantity=position.quantity, cost=position.cost))}", '
+        f'"cost": "{format_decimal(position.cost)}"}}'
+    )
+
+
+@exact
+def decode_position(text: bytes, contract: Contract, *, where: str) -> Position:
+    """The position that ``text`` spells; without ``cost`` it is ``quantity x avg_price``. Raises ``RecordError``."""
+    try:
+        written = json.loads(text, parse_float=Decimal, parse_int=Decimal, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"{where} is not JSON") from error
+    if not isinstance(written, dict) or "quantity" not in written or not ({"cost", "avg_price"} & written.keys()):
+        raise RecordError(f"{where} lacks quantity and avg_price or cost")
+    quantity = _number(written["quantity"], where=where)
+    if "cost" in written:
+        cost = _number(written["cost"], where=where)
+    else:
+        cost = margin.divide_half_even(quantity * _number(written["avg_price"], where=where), Decimal(1))
+    if not is_multiple(quantity, contract.lot_size) or abs(quantity) > contract.position_limit:
+        raise RecordError(f"{where} has a quantity off the lot or beyond the position limit")
+    if abs(cost) > AMOUNT_LIMIT or not is_multiple(cost, SMALLEST_UNIT) or (not quantity and cost):
+        raise RecordError(f"{where} has a cost that cannot be kept")
+    return Position(quantity=quantity, cost=cost)
+
+
+def _number(value: object, *, where: str) -> Decimal:
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
+    if isinstance(value, Decimal):
+        value = str(value)
+    try:
+        if not isinstance(value, str):
+            raise RecordError(f"{where} is not a number")
+        return parse_decimal(value)
+    except ValueError as error:
+        raise RecordError(f"{where} is not a number") from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(name)

@@ -1,0 +1,219 @@
+"""Redis: its connections, every key's name, and the scripts that write.
+
+Every key is made here and nowhere else. ``account:{id}:balance``, ``account:{id}:equity``,
+``account:{id}:used_margin``, ``positions:{id}`` and ``mark_price:{symbol}`` are the user's; the rest is Plimsoll's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from typing import Any, Final
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from app import errors
+from app.batcher import Batcher, NotSentError
+from app.config import Settings
+from app.contracts import contracts_digest
+
+LAYOUT_VERSION: Final = 1
+"""Moves on when keys or scripts change so that an older release must not write beside a newer."""
+
+MARK_CHANNEL: Final = "mark_price"
+STATE_EPOCH: Final = "state:epoch"
+STATE_RUN_ID: Final = "state:run_id"
+STATE_HALTED: Final = "state:halted"
+STATE_SWEPT: Final = "state:swept"
+QUARANTINED: Final = "state:quarantined"
+"""A hash from the accounts whose keys cannot be read to the reason."""
+
+MARK_VERSION: Final = "mark:version"
+HISTORY_LAST_ID: Final = "history:last_id"
+OUTBOX: Final = "outbox"
+OUTBOX_DEAD: Final = "outbox:dead"
+ACCOUNTS: Final = "accounts"
+COLUMN_BALANCE: Final = "columns:balance"
+COLUMN_BREACH: Final = "columns:breach"
+LIQUIDATIONS: Final = "counters:liquidations"
+RECOVERIES: Final = "counters:recoveries"
+BALANCE_PATTERN: Final = "account:*:balance"
+
+
+def balance_key(account_id: str) -> str:
+    """A number: the account's cash in USDT. The account exists iff this key does."""
+    return f"account:{account_id}:balance"
+
+
+def equity_key(account_id: str) -> str:
+    """A number for the user to read; no decision does."""
+    return f"account:{account_id}:equity"
+
+
+def used_margin_key(account_id: str) -> str:
+    """A number for the user to read; no decision does."""
+    return f"account:{account_id}:used_margin"
+
+
+def positions_key(account_id: str) -> str:
+    """A hash from symbol to JSON ``{"quantity", "avg_price", "cost"}``; a flat position has no field."""
+    return f"positions:{account_id}"
+
+
+def ledger_key(account_id: str) -> str:
+    """A hash of what history knows of the account: ``slot``, ``seq``, ``breach``, ``breach_at``, ``breach_version``."""
+    return f"account:{account_id}:ledger"
+
+
+def operation_key(kind: str, account_id: str, operation_id: str) -> str:
+    """The first result of an operation id, kept for 24 hours."""
+    return f"operation:{kind}:{account_id}:{operation_id}"
+
+
+def mark_price_key(symbol: str) -> str:
+    """A number: the mark price in USDT. It may be set by hand."""
+    return f"mark_price:{symbol}"
+
+
+def mark_key(symbol: str) -> str:
+    """A hash: the ``price`` accepted last, its ``version`` and its ``timestamp`` in microseconds."""
+    return f"mark:{symbol}"
+
+
+def quantity_column(symbol: str) -> str:
+    """The packed quantities of every account in ``symbol``."""
+    return f"columns:{symbol}:quantity"
+
+
+def cost_column(symbol: str) -> str:
+    """The packed costs of every account in ``symbol``."""
+    return f"columns:{symbol}:cost"
+
+
+def open_positions_key(symbol: str) -> str:
+    """How many accounts have an open position in ``symbol``."""
+    return f"columns:{symbol}:open"
+
+
+@dataclass(frozen=True)
+class Script:
+    """A Lua script of ``app/scripts``, with the guard that every one starts with."""
+
+    name: str
+    writes: bool = True
+
+    @cached_property
+    def text(self) -> str:
+        """The whole source as Redis gets it."""
+        folder = resources.files("app") / "scripts"
+        return (folder / "guard.lua").read_text() + (folder / f"{self.name}.lua").read_text()
+
+    @cached_property
+    def sha(self) -> str:
+        """The name that Redis knows the source by."""
+        return hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
+
+
+CHECK: Final = Script("check", writes=False)
+READ_ACCOUNT: Final = Script("read_account", writes=False)
+COMMIT: Final = Script("commit")
+BREACH: Final = Script("breach")
+MARK: Final = Script("mark")
+SWEPT: Final = Script("swept")
+REFRESH: Final = Script("refresh")
+
+
+class StateStore:
+    """The connections of one process to Redis, and the calls of its scripts.
+
+    ``client`` serves reads, streams and subscriptions; ``batcher`` carries the script calls, with retries off: a
+    write that timed out may have been applied, and only its operation id can tell.
+    """
+
+    def __init__(self, redis_url: str, settings: Settings) -> None:
+        self.url = redis_url
+        self.signature = f"{LAYOUT_VERSION}:{contracts_digest(settings.contracts)}"
+        options: dict[str, Any] = {
+            "socket_timeout": settings.redis_timeout_seconds,
+            "socket_connect_timeout": settings.redis_timeout_seconds,
+            "retry": Retry(NoBackoff(), 0),
+            "health_check_interval": 0,
+        }
+        self.client = Redis.from_url(redis_url, max_connections=16, **options)
+        self._pool = BlockingConnectionPool.from_url(
+            redis_url, max_connections=4, timeout=settings.redis_timeout_seconds, **options
+        )
+        self.batcher = Batcher(self._pool, timeout_seconds=settings.redis_timeout_seconds)
+
+    async def close(self) -> None:
+        """Close every connection; calls still under way fail."""
+        await self.batcher.close()
+        await self._pool.disconnect()
+        await self.client.aclose()
+
+    async def run(self, script: Script, keys: Sequence[str], arguments: Sequence[str | bytes | int]) -> list[Any]:
+        """Call ``script`` and answer its list, the first item of which says what happened, as text.
+
+        Raises the ``Unavailable`` that a refusal of the guard means, ``AccountQuarantined`` for a key of the wrong
+        type, ``StoreUnavailable`` when nothing was sent, and ``OutcomeUnknown`` when it was sent and no answer came.
+        """
+        try:
+            try:
+                answer = await self.batcher.execute("EVALSHA", script.sha, len(keys), *keys, *arguments)
+            except NoScriptError:
+                # Redis answers this before it runs anything, so sending the call again cannot apply it twice.
+                await self.batcher.execute("SCRIPT", "LOAD", script.text)
+                answer = await self.batcher.execute("EVALSHA", script.sha, len(keys), *keys, *arguments)
+        except NotSentError as error:
+            raise errors.StoreUnavailable("Redis cannot be reached", reason="redis") from error
+        except (RedisConnectionError, RedisTimeoutError, OSError) as error:
+            if not script.writes:
+                raise errors.StoreUnavailable("Redis did not answer in time", reason="redis") from error
+            raise errors.OutcomeUnknown(
+                "Redis did not answer in time; ask for the operation id before sending anything new", reason="redis"
+            ) from error
+        except ResponseError as error:
+            raise errors.StoreUnavailable(f"Redis refuses: {error}"[:200], reason="redis") from error
+        answer[0] = answer[0].decode()
+        _raise_refusal(answer)
+        return list(answer)
+
+    async def require_state(self) -> None:
+        """Raise the ``Unavailable`` that keeps this process from writing, if there is one."""
+        await self.run(CHECK, [STATE_EPOCH, STATE_RUN_ID], [self.signature])
+
+
+def _raise_refusal(answer: Sequence[Any]) -> None:
+    """Turn the refusals that any script may answer into the error each one means."""
+    match answer[0]:
+        case "state_missing":
+            raise errors.StateMissing(
+                "Redis holds no state: run `plimsoll migrate` for a new system, or `plimsoll reset` to start over",
+                reason="state_missing",
+            )
+        case "state_frozen":
+            raise errors.StateFrozen("the state is frozen while it is being restored", reason="state_frozen")
+        case "state_mismatch":
+            raise errors.StateMismatch(
+                "Redis was written under other contracts or by another release", reason="state_mismatch"
+            )
+        case "state_unreconciled":
+            raise errors.StateUnreconciled(
+                "Redis restarted and is being compared with history", reason="state_unreconciled"
+            )
+        case "outbox_full":
+            raise errors.OutboxFull("history waits for Postgres; try again later", reason="outbox_full")
+        case "wrong_type":
+            raise errors.AccountQuarantined(
+                f"the key {answer[1].decode(errors='replace')} is not what it should be", reason="wrong_type"
+            )
+        case _:
+            return

@@ -1,0 +1,61 @@
+-- Put before every script. It does no arithmetic on money and writes nothing.
+--
+-- Scripts do not roll back: a command that fails in the middle leaves the writes before it in place. So each script
+-- first reads and checks all it will touch, through the functions below, and only then writes.
+
+local function integer_of(text)
+  if text and string.match(text, '^%d+$') then return tonumber(text) end
+  return nil
+end
+
+-- Answers nil when key holds kind or nothing, else a refusal that names the key.
+local function wrong_type(key, kind)
+  local found = redis.call('TYPE', key).ok
+  if found ~= kind and found ~= 'none' then return {'wrong_type', key} end
+  return nil
+end
+
+-- Answers nil when this process may write: the state exists, is not frozen, was written by the same release and
+-- contracts (signature), and this run of Redis has been compared with history since it started.
+local function refusal(epoch_key, run_id_key, signature)
+  local bad = wrong_type(epoch_key, 'hash') or wrong_type(run_id_key, 'string')
+  if bad then return bad end
+  local epoch = redis.call('HMGET', epoch_key, 'epoch', 'status', 'signature')
+  if not integer_of(epoch[1]) then return {'state_missing'} end
+  if epoch[2] ~= 'ready' then return {'state_frozen'} end
+  if epoch[3] ~= signature then return {'state_mismatch', epoch[3] or ''} end
+  local run_id = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
+  if redis.call('GET', run_id_key) ~= run_id then return {'state_unreconciled'} end
+  return nil, epoch[1]
+end
+
+-- The id that the next row of history gets, or nil when the counter cannot be read or is behind the outbox.
+local function next_history_id(last_id_key, outbox_key)
+  if wrong_type(last_id_key, 'string') or wrong_type(outbox_key, 'stream') then return nil end
+  local last = redis.call('GET', last_id_key)
+  if not last then return nil end
+  return integer_of(last) and integer_of(last) + 1
+end
+
+local function now_us()
+  local time = redis.call('TIME')
+  return string.format('%d%06d', time[1], time[2])
+end
+
+-- History waits here for Postgres. The entry's id is the row's, so that deleting it needs no second name.
+local function append_history(outbox_key, id, kind, account, seq, epoch, time, body)
+  local text = string.format('%d', id)
+  redis.call('XADD', outbox_key, text .. '-0', 'kind', kind, 'account', account, 'seq', seq, 'epoch', epoch,
+    'time', time, 'body', body)
+  return text
+end
+
+-- Whether the user's keys hold exactly this balance and these fields. Compared as text: nothing is parsed.
+local function record_is(balance_key, positions_key, balance, fields)
+  if (redis.call('GET', balance_key) or '') ~= balance then return false end
+  if redis.call('HLEN', positions_key) * 2 ~= #fields then return false end
+  for i = 1, #fields, 2 do
+    if redis.call('HGET', positions_key, fields[i]) ~= fields[i + 1] then return false end
+  end
+  return true
+end

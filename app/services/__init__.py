@@ -1,0 +1,1 @@
+"""Decisions and formulas: values in, values out."""

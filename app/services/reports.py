@@ -1,0 +1,328 @@
+"""What is shown of accounts: one account whole, and the margin report of all of them, a piece at a time.
+
+Everything here is computed from the record or its packed copy at the marks of one read. Nothing is written.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from typing import Any, Final, Literal
+
+import numpy as np
+import orjson
+
+from app.columns import Chunk, Marks, ScreenedChunk, Sums, screen
+from app.contracts import Contract
+from app.database import format_timestamp
+from app.history import timestamp_of
+from app.numbers import exact, format_decimal
+from app.records import OpenBreach
+from app.services import margin, trading
+from app.services.margin import AccountMargin
+from app.services.trading import Account, RestoreAt
+
+ACCOUNTS_PER_PIECE: Final = 200
+"""How many accounts are shaped before other requests get a turn."""
+
+Order = Literal["slot", "margin_ratio"]
+AccountState = Literal["ok", "candidate", "recovering", "negative_equity", "quarantined"]
+ACCOUNT_STATES: Final[tuple[AccountState, ...]] = ("ok", "candidate", "recovering", "negative_equity", "quarantined")
+
+
+def account_state(account: Account, *, candidate: bool, in_breach: bool) -> AccountState:
+    """The state of an account that can be read."""
+    if candidate:
+        return "candidate"
+    if in_breach:
+        return "recovering"
+    if not account.positions and account.balance < 0:
+        return "negative_equity"
+    return "ok"
+
+
+def value_account(
+    account: Account, *, contracts: Mapping[str, Contract], prices: Mapping[str, Decimal]
+) -> AccountMargin[Decimal] | None:
+    """The account's margin at ``prices``, or None where an open position has no mark."""
+    if any(symbol not in prices for symbol in account.positions):
+        return None
+    return trading.account_margin(account, contracts=contracts, prices=prices)
+
+
+def account_summary(account: Account, valued: AccountMargin[Decimal] | None, *, in_breach: bool) -> dict[str, Any]:
+    """The members that an account has wherever it is shown."""
+    candidate = valued is not None and trading.is_candidate(valued)
+    summary: dict[str, Any] = {
+        "account_id": account.account_id,
+        "state": account_state(account, candidate=candidate, in_breach=in_breach),
+        "candidate": candidate,
+        "balance": format_decimal(account.balance),
+    }
+    if valued is None:
+        return {**summary, **_NOT_VALUED}
+    equity, notional = valued.equity, valued.exposure.notional
+    return {
+        **summary,
+        "equity": format_decimal(equity),
+        "used_margin": format_decimal(valued.used_margin),
+        "maintenance_margin": format_decimal(valued.maintenance_margin),
+        "free_margin": format_decimal(valued.free_margin),
+        "margin_utilisation": _optional(
+            margin.margin_ratio(equity=equity, notional=notional, margin=valued.used_margin)
+        ),
+        "margin_ratio": _optional(
+            margin.margin_ratio(equity=equity, notional=notional, margin=valued.maintenance_margin)
+        ),
+    }
+
+
+_NOT_VALUED: Final[dict[str, None]] = dict.fromkeys(
+    ("equity", "used_margin", "maintenance_margin", "free_margin", "margin_utilisation", "margin_ratio")
+)
+
+
+def quarantined_summary(account_id: str) -> dict[str, Any]:
+    """An account whose keys cannot be read: nothing is said of it that might be wrong."""
+    return {
+        "account_id": account_id,
+        "state": "quarantined",
+        "candidate": False,
+        "balance": None,
+        **_NOT_VALUED,
+    }
+
+
+def account_report(
+    account: Account,
+    *,
+    contracts: Mapping[str, Contract],
+    prices: Mapping[str, Decimal],
+    breach: OpenBreach | None,
+    restore_at: RestoreAt,
+) -> dict[str, Any]:
+    """One account with its positions, at ``prices``."""
+    valued = value_account(account, contracts=contracts, prices=prices)
+    report = account_summary(account, valued, in_breach=breach is not None)
+    if breach is not None:
+        restored_at = None
+        if valued is not None:
+            restored_at = format_decimal(valued.used_margin if restore_at == "initial" else valued.maintenance_margin)
+        report["open_breach"] = {
+            "id": breach.id,
+            "since": format_timestamp(timestamp_of(breach.since_us)),
+            "restored_at_equity": restored_at,
+        }
+    report["positions"] = [
+        _position_report(account, symbol, contracts=contracts, prices=prices) for symbol in account.positions
+    ]
+    return report
+
+
+@exact
+def _position_report(
+    account: Account, symbol: str, *, contracts: Mapping[str, Contract], prices: Mapping[str, Decimal]
+) -> dict[str, Any]:
+    position, contract, mark_price = account.positions[symbol], contracts[symbol], prices.get(symbol)
+    shown: dict[str, Any] = {
+        "symbol": symbol,
+        "quantity": format_decimal(position.quantity),
+        "avg_price": format_decimal(margin.average_price(quantity=position.quantity, cost=position.cost)),
+        "mark_price": None,
+        "notional": None,
+        "unrealised_pnl": None,
+        "liquidation_price": None,
+    }
+    if mark_price is None:
+        return shown
+    others = [other for other in account.positions if other != symbol]
+    shown["mark_price"] = format_decimal(mark_price)
+    shown["notional"] = format_decimal(margin.notional(quantity=position.quantity, mark_price=mark_price))
+    shown["unrealised_pnl"] = format_decimal(
+        margin.unrealised_pnl(quantity=position.quantity, cost=position.cost, mark_price=mark_price)
+    )
+    if all(other in prices for other in others):
+        rest = trading.account_margin(
+            Account(account.account_id, account.balance, {other: account.positions[other] for other in others}),
+            contracts=contracts,
+            prices=prices,
+        )
+        shown["liquidation_price"] = _optional(
+            margin.liquidation_price(
+                quantity=position.quantity,
+                cost=position.cost,
+                maintenance_rate=contract.maintenance_rate,
+                balance=account.balance,
+                other=rest.exposure,
+            )
+        )
+    return shown
+
+
+@dataclass(frozen=True, slots=True)
+class ReportRequest:
+    """Which accounts of the report to show: at most ``limit`` after ``cursor`` (None: all), in ``order``."""
+
+    limit: int | None
+    cursor: str | None
+    order: Order
+
+
+@dataclass(frozen=True, slots=True)
+class ReportSource:
+    """What a report is made of: the packed rows and marks of one read, and who is in quarantine.
+
+    ``quarantined`` maps a slot to its account; ``quarantined_without_slot`` are accounts made by hand that could not
+    be read. ``names`` looks up the accounts in some slots.
+    """
+
+    chunks: Sequence[Chunk]
+    marks: Marks
+    quarantined: Mapping[int, str]
+    quarantined_without_slot: Sequence[str]
+    names: Callable[[Sequence[int]], Awaitable[list[str]]]
+    contracts: Mapping[str, Contract]
+    restore_at: RestoreAt
+
+
+async def margin_report(source: ReportSource, request: ReportRequest, head: Mapping[str, Any]) -> AsyncIterator[bytes]:
+    """The report as JSON, in pieces: ``head``, totals, candidates first and whole, then the accounts asked for.
+
+    Raises ``ValueError`` at once for a cursor that this order does not give out.
+    """
+    rows = _Rows(source)
+    slots, next_cursor = rows.page(request)
+    candidates = [shown async for shown in rows.shown(rows.candidate_slots()) if shown["candidate"]]
+    opening = orjson.dumps({**head, "totals": rows.totals(candidates), "liquidation_candidates": candidates})
+    yield opening[:-1] + b',"accounts":['
+    piece: list[bytes] = []
+    separator = b""
+    async for shown in rows.shown(slots):
+        piece.append(orjson.dumps(shown))
+        if len(piece) >= ACCOUNTS_PER_PIECE:
+            yield separator + b",".join(piece)
+            separator, piece = b",", []
+    yield (separator + b",".join(piece) if piece else b"") + b'],"next_cursor":' + orjson.dumps(next_cursor) + b"}"
+
+
+class _Rows:
+    """Every packed row of one read, by slot, valued at the marks of the report."""
+
+    def __init__(self, source: ReportSource) -> None:
+        self._source = source
+        self._starts = [chunk.first_slot for chunk in source.chunks]
+        self._screened = [
+            screen(replace(chunk, marks=source.marks), source.contracts, restore_at=source.restore_at)
+            for chunk in source.chunks
+        ]
+
+    def candidate_slots(self) -> list[int]:
+        """The slots in which Decimal may find a candidate."""
+        return [
+            start + int(index)
+            for start, screened in zip(self._starts, self._screened, strict=True)
+            for index in np.flatnonzero(screened.may_be_candidate)
+            if start + int(index) not in self._source.quarantined
+        ]
+
+    def page(self, request: ReportRequest) -> tuple[Sequence[int], str | None]:
+        """The slots to show, and the cursor of the page after them."""
+        ordered = self._by_margin_ratio(request) if request.order == "margin_ratio" else self._by_slot(request)
+        if request.limit is None or len(ordered) <= request.limit:
+            return ordered, None
+        page = ordered[: request.limit]
+        last = int(page[-1])
+        return page, f"{self._ratio(last)!r}:{last}" if request.order == "margin_ratio" else str(last)
+
+    async def shown(self, slots: Sequence[int]) -> AsyncIterator[dict[str, Any]]:
+        """The accounts in ``slots``, shaped, a bounded number of names at a time."""
+        for first in range(0, len(slots), ACCOUNTS_PER_PIECE):
+            some = [int(slot) for slot in slots[first : first + ACCOUNTS_PER_PIECE]]
+            for slot, name in zip(some, await self._source.names(some), strict=True):
+                yield self._shape(slot, name)
+
+    def totals(self, candidates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Exact sums, and how many accounts are in each state."""
+        sums = Sums()
+        states: Counter[str] = Counter(
+            candidate=len(candidates),
+            quarantined=len(self._source.quarantined) + len(self._source.quarantined_without_slot),
+        )
+        readable = -len(self._source.quarantined)
+        for start, chunk, screened in zip(self._starts, self._source.chunks, self._screened, strict=True):
+            sums.add(chunk)
+            readable += len(chunk)
+            known = np.ones(len(chunk), dtype=np.bool_)
+            known[[slot - start for slot in self._source.quarantined if 0 <= slot - start < len(chunk)]] = False
+            in_breach = chunk.breach != 0
+            states["recovering"] += int((known & in_breach).sum())
+            states["negative_equity"] += int((known & ~in_breach & ~screened.is_open & (chunk.balance < 0)).sum())
+        states["recovering"] -= sum(1 for shown in candidates if shown["open_breach_id"])
+        states["ok"] = readable - states["candidate"] - states["recovering"] - states["negative_equity"]
+        totals = sums.value(self._source.marks.prices, self._source.contracts)
+        return {
+            "equity": format_decimal(totals.equity),
+            "used_margin": format_decimal(totals.used_margin),
+            "maintenance_margin": format_decimal(totals.maintenance_margin),
+            "long_notional": format_decimal(totals.long_notional),
+            "short_notional": format_decimal(totals.short_notional),
+            "shortfall": format_decimal(_shortfall(candidates)),
+            "accounts": {state: states[state] for state in ACCOUNT_STATES},
+        }
+
+    def _shape(self, slot: int, name: str) -> dict[str, Any]:
+        chunk, index = self._at(slot)
+        breach = int(chunk.breach[index])
+        if slot in self._source.quarantined:
+            shown = quarantined_summary(name)
+        else:
+            account = chunk.account(index, name)
+            valued = value_account(account, contracts=self._source.contracts, prices=self._source.marks.prices)
+            shown = account_summary(account, valued, in_breach=bool(breach))
+        shown["open_breach_id"] = breach or None
+        return shown
+
+    def _at(self, slot: int) -> tuple[Chunk, int]:
+        number = int(np.searchsorted(self._starts, slot, side="right")) - 1
+        return self._source.chunks[number], slot - self._starts[number]
+
+    def _by_slot(self, request: ReportRequest) -> Sequence[int]:
+        first = 0 if request.cursor is None else int(request.cursor) + 1
+        return range(first, sum(len(chunk) for chunk in self._source.chunks))
+
+    def _by_margin_ratio(self, request: ReportRequest) -> Sequence[int]:
+        """Slots from the highest ratio down, those without one first. The order is for the eye: floats serve."""
+        ratios = np.concatenate([self._ratios(screened) for screened in self._screened])
+        order = np.lexsort((np.arange(len(ratios)), -ratios))
+        if request.cursor is not None:
+            ratio, slot = request.cursor.split(":")
+            after = (-ratios[order] > -float(ratio)) | ((ratios[order] == float(ratio)) & (order > int(slot)))
+            order = order[after]
+        return order  # type: ignore[return-value]  # an array of slots is sliced and iterated like a sequence
+
+    def _ratio(self, slot: int) -> float:
+        number = int(np.searchsorted(self._starts, slot, side="right")) - 1
+        return float(self._ratios(self._screened[number])[slot - self._starts[number]])
+
+    @staticmethod
+    def _ratios(screened: ScreenedChunk) -> margin.Column:
+        equity = screened.valued.equity
+        ratios = np.zeros(len(equity))
+        solvent = equity > 0
+        np.divide(screened.valued.maintenance_margin, equity, out=ratios, where=solvent)
+        ratios[screened.unvalued | (screened.is_open & ~solvent)] = np.inf
+        return ratios
+
+
+@exact
+def _shortfall(candidates: Sequence[Mapping[str, Any]]) -> Decimal:
+    """What candidates lack to the maintenance margin, in all."""
+    return sum(
+        (Decimal(shown["maintenance_margin"]) - Decimal(shown["equity"]) for shown in candidates), start=Decimal(0)
+    )
+
+
+def _optional(value: Decimal | None) -> str | None:
+    return None if value is None else format_decimal(value)

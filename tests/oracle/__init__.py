@@ -1,0 +1,1 @@
+"""The replay oracle: Plimsoll's rules a second time, written from the design alone, and the walk that compares."""

@@ -1,0 +1,114 @@
+"""``python -m watchdog``: the composition root of the watchdog process."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import structlog
+import uvicorn
+import uvloop
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from app import database, errors
+from app.booking import Booking
+from app.config import Settings, get_settings
+from app.embedded import locate_stores
+from app.logging import configure_logging
+from app.outbox import Outbox
+from app.reconcile import keep_reconciled
+from app.redis_client import StateStore
+from app.server_process import EmbeddedServerError
+from watchdog.audit import Audit
+from watchdog.refresh import Refresher
+from watchdog.schedule import guard, start_timer
+from watchdog.server import create_server
+from watchdog.subscription import listen
+from watchdog.sweep import Sweeper
+
+SUBSCRIPTION_HEALTH_SECONDS = 5
+
+log = structlog.get_logger(__name__)
+
+
+class PageServer(uvicorn.Server):
+    """Serves the watchdog's page; signals stay the watchdog's, which has to put its sweep and its outbox in order."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the signal handlers alone."""
+        yield
+
+
+async def watch(settings: Settings) -> None:
+    """Sweep until SIGINT or SIGTERM."""
+    stores = locate_stores(settings)
+    store, engine = StateStore(stores.redis_url, settings), database.create_engine(stores.database_url)
+    subscriber = Redis.from_url(
+        stores.redis_url,
+        socket_connect_timeout=settings.redis_timeout_seconds,
+        health_check_interval=SUBSCRIPTION_HEALTH_SECONDS,
+    )
+    outbox = Outbox(store, engine, settings)
+    booking = Booking(store, outbox, settings)
+    sweeper, audit = Sweeper(booking, Refresher(booking)), Audit(booking)
+
+    async def audit_unless_unavailable() -> None:
+        try:
+            await audit.step()
+        except (errors.Unavailable, RedisError, OSError) as error:
+            log.warning("no audit", reason=str(error))
+
+    await outbox.start()
+    scheduler = start_timer(audit_unless_unavailable, sweeper, interval_seconds=settings.sweep_interval_seconds)
+    tasks = [
+        asyncio.create_task(sweeper.run(), name="sweeper"),
+        asyncio.create_task(listen(subscriber, sweeper), name="subscription"),
+        asyncio.create_task(guard(sweeper, interval_seconds=settings.sweep_interval_seconds), name="guard"),
+        asyncio.create_task(keep_reconciled(store, engine), name="reconcile"),
+    ]
+    server = PageServer(
+        uvicorn.Config(
+            create_server(booking, sweeper),
+            host=settings.watchdog_host,
+            port=settings.watchdog_port,
+            log_config=None,
+            access_log=False,
+        )
+    )
+
+    def stop() -> None:
+        server.should_exit = True
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop)
+    try:
+        await server.serve()
+    finally:
+        scheduler.shutdown(wait=False)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await outbox.stop()
+        await subscriber.aclose()
+        await store.close()
+        await engine.dispose()
+
+
+def main() -> None:
+    """Run the watchdog of this process's settings."""
+    settings = get_settings()
+    configure_logging(settings.log_level, process="watchdog")
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(watch(settings))
+    except EmbeddedServerError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The audit: walk the user's keys a bounded piece per timer sweep, adopt honest edits, quarantine what cannot be read.
+
+Two walks go on at once: over the slots, which finds keys that were edited or lost, and over the balance keys, which
+finds accounts that were made by hand. With ``n`` accounts both are through after ``n / audit_accounts_per_sweep`` timer
+sweeps: 500 accounts a second by default.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Final
+
+import structlog
+
+from app import errors
+from app import redis_client as keys
+from app.booking import Booking
+from app.schemas import IDENTIFIER_PATTERN
+
+KEYS_PER_ACCOUNT: Final = 6
+"""About how many keys SCAN passes for each account: balance, equity, used_margin, ledger, positions, an operation."""
+
+log = structlog.get_logger(__name__)
+
+
+class Audit:
+    """Walks the accounts for one watchdog."""
+
+    def __init__(self, booking: Booking) -> None:
+        self._booking = booking
+        self._client = booking.store.client
+        self._accounts_per_step = booking.settings.audit_accounts_per_sweep
+        self._next_slot = 0
+        self._scan_cursor = 0
+
+    async def step(self) -> None:
+        """One bounded piece of both walks."""
+        by_slot = await self._client.lrange(
+            keys.ACCOUNTS, self._next_slot, self._next_slot + self._accounts_per_step - 1
+        )
+        self._next_slot = self._next_slot + len(by_slot) if len(by_slot) == self._accounts_per_step else 0
+        names = {name.decode() for name in by_slot} | set(await self._made_by_hand())
+        quarantined = {name.decode() for name in await self._client.hkeys(keys.QUARANTINED)}
+        await asyncio.gather(*(self._check(name, was_quarantined=name in quarantined) for name in sorted(names)))
+
+    async def _made_by_hand(self) -> list[str]:
+        """The accounts among the next balance keys that have no slot yet."""
+        self._scan_cursor, found = await self._client.scan(
+            self._scan_cursor, match=keys.BALANCE_PATTERN, count=self._accounts_per_step * KEYS_PER_ACCOUNT
+        )
+        names = [key.decode(errors="replace")[len("account:") : -len(":balance")] for key in found]
+        known = [name for name in names if re.fullmatch(IDENTIFIER_PATTERN, name)]
+        async with self._client.pipeline(transaction=False) as pipeline:
+            for name in known:
+                pipeline.hexists(keys.ledger_key(name), "slot")
+            answers = await pipeline.execute(raise_on_error=False)
+        return [name for name, has_slot in zip(known, answers, strict=True) if has_slot is not True and has_slot != 1]
+
+    async def _check(self, name: str, *, was_quarantined: bool) -> None:
+        """Adopt an honest edit of one account, or set the account apart until its keys can be read again."""
+        try:
+            snapshot = await self._booking.read(name)
+            account = self._booking.parse(snapshot)
+            if not snapshot.agrees(account):
+                await self._booking.adopt(snapshot)
+        except errors.AccountQuarantined as error:
+            if not was_quarantined:
+                log.error("quarantined an account", account_id=name, reason=error.detail)
+            await self._client.hset(keys.QUARANTINED, name, error.detail)
+        except errors.UnknownAccount:
+            await self._client.hdel(keys.QUARANTINED, name)
+        else:
+            if was_quarantined:
+                log.warning("released an account from quarantine", account_id=name)
+                await self._client.hdel(keys.QUARANTINED, name)

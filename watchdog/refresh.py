@@ -1,0 +1,119 @@
+"""Keep the equity and used_margin keys near the truth: accounts at risk first, a bounded number after each sweep.
+
+No decision reads these keys; they are for whoever looks at Redis. A value is written only where the account's row is
+still the one it was computed from, so a trade's own newer values stay.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from app import redis_client as keys
+from app.booking import Booking
+from app.columns import Chunk, ScreenedChunk, account_names
+from app.numbers import format_decimal
+from app.services import reports
+
+if TYPE_CHECKING:
+    from watchdog.sweep import Swept
+
+ACCOUNTS_PER_CALL: Final = 100
+PAUSE_SECONDS: Final = 0.25
+
+
+class Refresher:
+    """Writes the two keys for one watchdog."""
+
+    def __init__(self, booking: Booking) -> None:
+        self._booking = booking
+        self._next_slot = 0
+        self._last: Swept | None = None
+        self._refreshed = -PAUSE_SECONDS
+
+    async def refresh(self, swept: Swept) -> None:
+        """Bring some accounts' keys up to date with ``swept``: all of them in a small store.
+
+        Not after every sweep of a flood of marks; the timer's sweep brings what such a pause left out.
+        """
+        now = time.monotonic()
+        if now - self._refreshed < PAUSE_SECONDS or (self._last is not None and _same(self._last, swept)):
+            return
+        self._refreshed = now
+        budget = self._booking.settings.refresh_accounts_per_sweep
+        for chunk, indices in self._chosen(swept, budget):
+            readable = [index for index in indices if chunk.first_slot + index not in swept.quarantined]
+            for first in range(0, len(readable), ACCOUNTS_PER_CALL):
+                await self._write(chunk, readable[first : first + ACCOUNTS_PER_CALL], swept)
+        self._last = swept
+
+    def _chosen(self, swept: Swept, budget: int) -> Iterator[tuple[Chunk, list[int]]]:
+        """The rows to write by chunk: all if the budget allows, else half of it at most risk, half in turn."""
+        accounts = sum(len(chunk) for chunk, _ in swept.chunks)
+        in_turn = set(range(accounts))
+        if accounts > budget:
+            in_turn = {(self._next_slot + step) % accounts for step in range(budget // 2)}
+            self._next_slot = (self._next_slot + budget // 2) % accounts
+        for chunk, screened in swept.chunks:
+            end = chunk.first_slot + len(chunk)
+            chosen = {slot - chunk.first_slot for slot in in_turn if chunk.first_slot <= slot < end}
+            if accounts > budget:
+                chosen |= set(_most_at_risk(screened, max(1, budget * len(chunk) // accounts // 2)))
+            yield chunk, sorted(chosen)
+
+    async def _write(self, chunk: Chunk, indices: Sequence[int], swept: Swept) -> None:
+        if not indices:
+            return
+        contracts = self._booking.contracts
+        columns = [keys.COLUMN_BALANCE]
+        for symbol in contracts:
+            columns += [keys.quantity_column(symbol), keys.cost_column(symbol)]
+        names = await account_names(self._booking.store.client, [chunk.first_slot + index for index in indices])
+        account_keys: list[str] = []
+        arguments: list[str | bytes | int] = [self._booking.store.signature, len(columns)]
+        for index, name in zip(indices, names, strict=True):
+            valued = reports.value_account(chunk.account(index, name), contracts=contracts, prices=swept.marks.prices)
+            if valued is None:
+                continue
+            account_keys += [keys.equity_key(name), keys.used_margin_key(name)]
+            arguments += [
+                chunk.first_slot + index,
+                chunk.packed_row(index),
+                format_decimal(valued.equity),
+                format_decimal(valued.used_margin),
+            ]
+        await self._booking.store.run(
+            keys.REFRESH, [keys.STATE_EPOCH, keys.STATE_RUN_ID, *columns, *account_keys], arguments
+        )
+
+
+def _most_at_risk(screened: ScreenedChunk, count: int) -> list[int]:
+    """The open rows with the least equity above their maintenance margin."""
+    headroom = np.where(
+        screened.is_open & ~screened.unvalued,
+        screened.valued.equity - screened.valued.maintenance_margin,
+        np.inf,
+    )
+    if count >= len(headroom):
+        return list(range(len(headroom)))
+    return [int(index) for index in np.argpartition(headroom, count)[:count]]
+
+
+def _same(one: Swept, other: Swept) -> bool:
+    """Whether nothing that the keys show has changed between two sweeps."""
+    return (
+        one.marks.prices == other.marks.prices
+        and len(one.chunks) == len(other.chunks)
+        and all(
+            np.array_equal(before.balance, after.balance)
+            and all(
+                np.array_equal(before.quantity[symbol], after.quantity[symbol])
+                and np.array_equal(before.cost[symbol], after.cost[symbol])
+                for symbol in before.quantity
+            )
+            for (before, _), (after, _) in zip(one.chunks, other.chunks, strict=True)
+        )
+    )

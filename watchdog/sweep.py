@@ -1,0 +1,241 @@
+"""A sweep: one recomputation of every account's margin, and the record of what it found.
+
+Read a chunk of the columns with its marks, screen it in float64, decide the survivors in Decimal, record. Requests
+coalesce: however many come while a sweep runs, one more follows it, so the newest mark is always swept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import structlog
+from redis.exceptions import RedisError
+
+from app import errors
+from app import redis_client as keys
+from app.booking import Booking
+from app.columns import Chunk, Marks, ScreenedChunk, Sums, Totals, quarantined_slots, read_chunk, read_marks, screen
+from app.services.reports import ACCOUNT_STATES
+from watchdog import metrics
+from watchdog.breaches import BreachBook, Settled
+from watchdog.refresh import Refresher
+
+ADOPTIONS_MAX: Final = 5
+RECORDED_AT_ONCE: Final = 1_000
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What one sweep found. ``version`` is the oldest mark version that any row was judged at."""
+
+    version: int
+    marks: Marks
+    accounts: int
+    states: Mapping[str, int]
+    open_breaches: int
+    overdue: int
+    totals: Totals
+    chunks: Sequence[tuple[Chunk, ScreenedChunk]]
+    quarantined: Mapping[int, str]
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What the chunks of a sweep add up to while it runs."""
+
+    settled: Settled = field(default_factory=Settled)
+    sums: Sums = field(default_factory=Sums)
+    accounts: int = 0
+    in_breach: int = 0
+    negative_equity: int = 0
+    chunks: list[tuple[Chunk, ScreenedChunk]] = field(default_factory=list)
+
+
+class Sweeper:
+    """Sweeps for one watchdog, one sweep at a time."""
+
+    def __init__(self, booking: Booking, refresher: Refresher) -> None:
+        self._booking = booking
+        self._refresher = refresher
+        self._store = booking.store
+        self._settings = booking.settings
+        self._breaches = BreachBook(booking)
+        self._triggers: set[str] = set()
+        self._asked = asyncio.Event()
+        # Of the sweep that has not begun yet: one that runs has taken its own away.
+        self._finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.swept: Swept | None = None
+        self.last_success = time.monotonic()
+        self.last_sign_of_life = time.monotonic()
+        self.running = False
+
+    @property
+    def asked(self) -> bool:
+        """Whether another sweep is due already."""
+        return bool(self._triggers)
+
+    def notify(self, trigger: str) -> None:
+        """Ask for a sweep of everything that is true now."""
+        self._triggers.add(trigger)
+        self._asked.set()
+
+    async def request(self, trigger: str) -> None:
+        """Ask for a sweep, and wait until one that began afterwards has ended, well or not."""
+        self.notify(trigger)
+        await asyncio.shield(self._finished)
+
+    async def run(self) -> None:
+        """Sweep whenever asked, until cancelled. A sweep that fails is counted, and moves no success."""
+        while True:
+            await self._asked.wait()
+            self._asked.clear()
+            triggers, self._triggers = self._triggers, set()
+            finished, self._finished = self._finished, asyncio.get_running_loop().create_future()
+            self.running = True
+            result = "failed"
+            try:
+                self.swept = await self._sweep()
+                self.last_success = time.monotonic()
+                metrics.show(self.swept)
+                result = "ok"
+            except errors.Unavailable as error:
+                result = "unavailable"
+                log.warning("no sweep", reason=error.detail)
+            except Exception:
+                log.exception("a sweep failed")
+            finally:
+                self.running = False
+                self.last_sign_of_life = time.monotonic()
+                for trigger in triggers:
+                    metrics.SWEEPS.labels(trigger, result).inc()
+                finished.set_result(None)
+            if result == "ok" and self.swept is not None:
+                await self._refresh(self.swept)
+
+    async def _refresh(self, swept: Swept) -> None:
+        try:
+            await self._refresher.refresh(swept)
+        except (errors.Unavailable, RedisError) as error:
+            log.warning("equity and used_margin keys were not refreshed", reason=str(error))
+
+    async def _sweep(self) -> Swept:
+        started = time.monotonic()
+        quarantined, without_slot = await quarantined_slots(self._store.client)
+        tally = _Tally()
+        marks = await self._adopted_marks()
+        versions = [marks.version]
+        first_slot, size = 0, self._settings.sweep_chunk_accounts
+        while True:
+            chunk = await self._read_chunk(first_slot, size)
+            marks = chunk.marks
+            versions.append(marks.version)
+            screened = screen(chunk, self._booking.contracts, restore_at=self._settings.restore_at)
+            settled = await self._breaches.settle(chunk, screened, quarantined)
+            self._count(tally, chunk, screened, settled, quarantined)
+            self.last_sign_of_life = time.monotonic()
+            if len(chunk) < size:
+                break
+            first_slot += size
+        await self._record(tally.settled, marks)
+        for name, reason in tally.settled.quarantined.items():
+            await self._store.client.hset(keys.QUARANTINED, name, reason)
+        await self._store.run(
+            keys.SWEPT,
+            [keys.STATE_EPOCH, keys.STATE_RUN_ID, keys.STATE_SWEPT],
+            [self._store.signature, min(versions)],
+        )
+        metrics.SWEEP_DURATION.observe(time.monotonic() - started)
+        return self._summary(tally, marks, min(versions), quarantined, without_slot)
+
+    async def _adopted_marks(self) -> Marks:
+        """The marks, each with a version: one set by hand is given its own first."""
+        for _ in range(ADOPTIONS_MAX):
+            marks = await read_marks(self._store.client, self._booking.contracts)
+            if not marks.by_hand:
+                return marks
+            for symbol in marks.by_hand:
+                await self._booking.marks.adopt(symbol)
+        raise errors.Contended("a mark is set by hand faster than it can be adopted", reason="contended")
+
+    async def _read_chunk(self, first_slot: int, size: int) -> Chunk:
+        """A chunk none of whose marks is without a version."""
+        for _ in range(ADOPTIONS_MAX):
+            chunk = await read_chunk(self._store.client, first_slot, size, self._booking.contracts)
+            if not chunk.marks.by_hand:
+                return chunk
+            await self._adopted_marks()
+        raise errors.Contended("a mark is set by hand faster than it can be adopted", reason="contended")
+
+    def _count(
+        self,
+        tally: _Tally,
+        chunk: Chunk,
+        screened: ScreenedChunk,
+        settled: Settled,
+        quarantined: Mapping[int, str],
+    ) -> None:
+        tally.settled.add(settled)
+        tally.sums.add(chunk)
+        hidden = [slot for slot in quarantined if 0 <= slot - chunk.first_slot < len(chunk)]
+        in_breach = chunk.breach != 0
+        tally.accounts += len(chunk) - len(hidden)
+        tally.in_breach += int(in_breach.sum()) + len(settled.opened) - len(settled.ended)
+        tally.negative_equity += int((~in_breach & ~screened.is_open & (chunk.balance < 0)).sum())
+        tally.chunks.append((chunk, screened))
+
+    async def _record(self, settled: Settled, marks: Marks) -> None:
+        """Wait until the rows this sweep made are in Postgres, or it is known to be away."""
+        answered = time.monotonic()
+        new_mark = self.swept is None or marks.version > self.swept.version
+        entries = [*settled.opened, *settled.ended]
+        for first in range(0, len(entries), RECORDED_AT_ONCE):
+            recorded = await self._booking.outbox.record(entries[first : first + RECORDED_AT_ONCE])
+            waited_seconds = time.monotonic() - answered
+            for entry in entries[first : first + RECORDED_AT_ONCE]:
+                if recorded and new_mark and entry.kind == "liquidation":
+                    # Redis stamped both the mark and the row, so their difference needs no clock of ours.
+                    before_us = entry.time_us - max(marks.timestamps_us.values())
+                    metrics.MARK_TO_RECORD.observe(max(0.0, before_us / 1_000_000) + waited_seconds)
+        _log_transitions(settled)
+
+    def _summary(
+        self,
+        tally: _Tally,
+        marks: Marks,
+        version: int,
+        quarantined: Mapping[int, str],
+        without_slot: Sequence[str],
+    ) -> Swept:
+        states = Counter(
+            candidate=tally.settled.candidates,
+            quarantined=len(quarantined) + len(without_slot),
+            negative_equity=tally.negative_equity,
+            # Every candidate of this sweep has an open breach by now, but for those that kept moving.
+            recovering=max(0, tally.in_breach - (tally.settled.candidates - tally.settled.overdue)),
+        )
+        states["ok"] = tally.accounts - states["candidate"] - states["recovering"] - states["negative_equity"]
+        return Swept(
+            version=version,
+            marks=marks,
+            accounts=tally.accounts,
+            states={state: states[state] for state in ACCOUNT_STATES},
+            open_breaches=tally.in_breach,
+            overdue=tally.settled.overdue,
+            totals=tally.sums.value(marks.prices, self._booking.contracts),
+            chunks=tally.chunks,
+            quarantined=quarantined,
+        )
+
+
+def _log_transitions(settled: Settled) -> None:
+    """One line for each kind of transition; every row is in history."""
+    for event, entries in (("breaches opened", settled.opened), ("breaches ended", settled.ended)):
+        if entries:
+            log.warning(event, count=len(entries), accounts=[entry.account_id for entry in entries[:10]])
