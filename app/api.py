@@ -59,7 +59,7 @@ class Services:
     sessions: async_sessionmaker[AsyncSession]
 
 
-def services(request: Request) -> Services:
+async def services(request: Request) -> Services:
     """The services of this process, from the lifespan."""
     return cast(Services, request.state.services)
 
@@ -268,7 +268,7 @@ class HistoryQuery:
     cursor: Cursor | None
 
 
-def history_query(
+async def history_query(
     account_id: Annotated[str | None, Query(pattern=schemas.IDENTIFIER_PATTERN)] = None,
     start: Annotated[datetime | None, Query(description="Not before; without an offset it is UTC")] = None,
     end: Annotated[datetime | None, Query(description="Before; without an offset it is UTC")] = None,

@@ -19,7 +19,7 @@ COMMANDS_PER_PIPELINE_MAX: Final = 256
 PIPELINES_MAX: Final = 2
 """Two in flight: while one is answered the next is sent; what comes meanwhile makes the batches larger."""
 
-Command = tuple[str | bytes | int | float, ...]
+Command = tuple[str | bytes | float, ...]
 
 
 class NotSentError(RedisConnectionError):
@@ -36,7 +36,7 @@ class Batcher:
         self._scheduled = False
         self._pipelines: set[asyncio.Task[None]] = set()
 
-    def execute(self, *command: str | bytes | int | float) -> asyncio.Future[Any]:
+    def execute(self, *command: str | bytes | float) -> asyncio.Future[Any]:
         """The answer to ``command``, as redis-py parses it, with bytes left as bytes.
 
         Raises ``ResponseError`` for Redis's own refusal, ``NotSentError`` when no connection could be had, and a
@@ -70,7 +70,7 @@ class Batcher:
 
     async def _send(self, batch: list[tuple[Command, asyncio.Future[Any]]]) -> None:
         try:
-            connection = await self._pool.get_connection()
+            connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]
         except (RedisConnectionError, RedisTimeoutError, OSError) as error:
             _fail([answer for _, answer in batch], NotSentError(str(error)))
             return

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Final, Literal
 
 import orjson
 import structlog
+from redis.exceptions import RedisError
 
-from app import errors, metrics
+from app import answers, errors, metrics
 from app import redis_client as keys
 from app.config import Settings
 from app.contracts import Contract
-from app.database import format_timestamp
 from app.evidence import recovery_body, shown_record
-from app.history import HistoryEntry, timestamp_of
+from app.history import HistoryEntry
 from app.marks import MarkBook
 from app.numbers import format_decimal
 from app.outbox import Outbox
@@ -49,14 +50,16 @@ class Booked:
 
 @dataclass(frozen=True, slots=True)
 class _Change:
-    """One decided change of an account, ready to commit. One that ``adds_risk`` meets the outbox's soft limit."""
+    """One decided change of an account, ready to commit; ``row`` is what history says of it.
+
+    One that ``adds_risk`` meets the outbox's soft limit.
+    """
 
     kind: str
     adds_risk: bool
     after: Account
     margin: AccountMargin[Decimal] | None
-    body: dict[str, Any]
-    operation: bytes = b""
+    row: dict[str, Any]
 
 
 class Booking:
@@ -74,63 +77,57 @@ class Booking:
         """Book ``order`` once. Raises the refusal or fault that kept it from being booked."""
         trading.check_order(order, self.contracts)
         operation_id = client_trade_id or uuid.uuid4().hex
-        content = {
-            "symbol": order.symbol,
-            "side": order.side,
-            "quantity": format_decimal(order.quantity),
-            "price": format_decimal(order.price),
-        }
+        content = answers.trade_content(order)
 
         def decide(account: Account, market: Market) -> _Change:
             decision = trading.decide_trade(account, order, market)
             position = decision.account.position(order.symbol)
-            answer = {
-                **content,
-                "mark_price": format_decimal(decision.mark_price),
-                "realised_pnl": format_decimal(decision.fill.realised_pnl),
-                "position": shown_position(position),
-                **shown_margin(decision.margin),
-            }
             return _Change(
                 kind="trade",
                 adds_risk=bool(decision.fill.opened),
                 after=decision.account,
                 margin=decision.margin,
-                body={
+                row={
                     **content,
                     "client_trade_id": operation_id,
-                    "mark_price": answer["mark_price"],
-                    "realised_pnl": answer["realised_pnl"],
-                    "balance_after": answer["balance"],
+                    "mark_price": format_decimal(decision.mark_price),
+                    "realised_pnl": format_decimal(decision.fill.realised_pnl),
+                    "balance_after": format_decimal(decision.account.balance),
                     "quantity_after": format_decimal(position.quantity),
                     "cost_after": format_decimal(position.cost),
+                    **answers.margin_after(decision.margin),
                 },
-                operation=orjson.dumps({"content": content, "answer": answer}),
             )
 
-        identity = {"client_trade_id": operation_id, "account_id": order.account_id}
-        return await self._book("trade", order.account_id, operation_id, content, decide, identity)
+        operation = keys.operation_key("trade", order.account_id, operation_id)
+        return await self._book(
+            "trade", order.account_id, operation, {"client_trade_id": operation_id}, content, decide
+        )
 
     async def book_transfer(self, order: TransferOrder, *, client_transfer_id: str | None) -> Booked:
         """Book a deposit or withdrawal once. A deposit makes the account where there is none."""
         trading.check_amount(order.amount)
         operation_id = client_transfer_id or uuid.uuid4().hex
-        content = {"kind": order.kind, "amount": format_decimal(order.amount)}
+        content = answers.transfer_content(order)
 
         def decide(account: Account, market: Market) -> _Change:
             decision = trading.decide_transfer(account, order, market)
-            answer = {**content, "balance": format_decimal(decision.account.balance), **shown_margin(decision.margin)}
             return _Change(
                 kind="transfer",
                 adds_risk=order.kind == "withdrawal",
                 after=decision.account,
                 margin=decision.margin,
-                body={**content, "client_transfer_id": operation_id, "balance_after": answer["balance"]},
-                operation=orjson.dumps({"content": content, "answer": answer}),
+                row={
+                    **content,
+                    "client_transfer_id": operation_id,
+                    "balance_after": format_decimal(decision.account.balance),
+                    **answers.margin_after(decision.margin),
+                },
             )
 
-        identity = {"client_transfer_id": operation_id, "account_id": order.account_id}
-        return await self._book(order.kind, order.account_id, operation_id, content, decide, identity)
+        operation = keys.operation_key(order.kind, order.account_id, operation_id)
+        identity = {"client_transfer_id": operation_id}
+        return await self._book("transfer", order.account_id, operation, identity, content, decide)
 
     async def read(self, account_id: str, *, operation: str | None = None) -> Snapshot:
         """The account, its operation and the marks, in one call. A read may be repeated, so it simply raises."""
@@ -194,7 +191,7 @@ class Booking:
             adds_risk=False,
             after=account,
             margin=None,
-            body={
+            row={
                 "reason": "the keys in Redis differ from history: edited by hand",
                 "balance_before": format_decimal(before.balance),
                 "balance_after": format_decimal(account.balance),
@@ -212,24 +209,24 @@ class Booking:
 
     async def _book(
         self,
-        kind: str,
+        kind: answers.RowKind,
         account_id: str,
-        operation_id: str,
+        operation: str,
+        identity: Mapping[str, str],
         content: Mapping[str, str],
         decide: Callable[[Account, Market], _Change],
-        identity: Mapping[str, str],
     ) -> Booked:
-        operation = keys.operation_key(kind, account_id, operation_id)
+        """Read, decide, commit, until the account held still; ``identity`` names the operation in an error."""
         for _ in range(ATTEMPTS_MAX):
             snapshot = await self.read(account_id, operation=operation)
             if snapshot.operation:
-                return await self._replayed(kind, snapshot.operation, content, identity)
+                return await self._replayed(kind, account_id, snapshot.operation, content, identity)
             by_hand = snapshot.marks_set_by_hand(self.contracts)
             for symbol in by_hand:
                 await self.marks.adopt(symbol)
             if by_hand:
                 continue
-            if kind == "deposit" and not snapshot.exists and not snapshot.balance_lost:
+            if content.get("kind") == "deposit" and not snapshot.exists and not snapshot.balance_lost:
                 account = Account(account_id, balance=trading.ZERO)
             else:
                 account = self.parse(snapshot)
@@ -238,46 +235,72 @@ class Booking:
                     continue
             market = self.market(snapshot)
             change = decide(account, market)
-            committed = await self._commit_operation(snapshot, account, change, operation, market, identity)
+            try:
+                committed = await self._commit(snapshot, account, change, operation=operation, market=market)
+            except errors.OutcomeUnknown as error:
+                raise errors.OutcomeUnknown(error.detail, reason="redis", **identity) from error
             if isinstance(committed, bytes):
-                return await self._replayed(kind, committed, content, identity)
+                return await self._replayed(kind, account_id, committed, content, identity)
             if committed is None:
                 metrics.CONFLICTS.inc()
                 continue
             recorded = await self.outbox.record(committed)
-            answer = orjson.loads(change.operation)["answer"]
-            return Booked("booked", _answer(kind, committed[0].id, committed[0].time_us, identity, answer, recorded))
+            if not recorded:
+                await self._require_booked(operation, committed[0].id, identity)
+            answer = answers.operation_answer(
+                kind,
+                account_id,
+                history_id=committed[0].id,
+                time_us=committed[0].time_us,
+                row=change.row,
+                recorded=recorded,
+            )
+            return Booked("booked", answer)
         raise errors.Contended(
             f"account {account_id} changed under {ATTEMPTS_MAX} attempts", reason="contended", **identity
         )
 
-    async def _commit_operation(
-        self,
-        snapshot: Snapshot,
-        before: Account,
-        change: _Change,
-        operation: str,
-        market: Market,
-        identity: Mapping[str, str],
-    ) -> list[HistoryEntry] | bytes | None:
-        try:
-            return await self._commit(snapshot, before, change, operation=operation, market=market)
-        except errors.OutcomeUnknown as error:
-            raise errors.OutcomeUnknown(error.detail, reason="redis", **identity) from error
+    async def _require_booked(self, operation: str, history_id: int, identity: Mapping[str, str]) -> None:
+        """Before a row that Postgres has not taken is acknowledged: Redis must still know it.
 
-    async def _replayed(
-        self, kind: str, operation: bytes, content: Mapping[str, str], identity: Mapping[str, str]
-    ) -> Booked:
-        history_id, time_us, payload = operation.split(b"\n", 2)
-        first = orjson.loads(payload)
-        if first["content"] != content:
-            raise errors.IdempotencyConflict(
-                "this operation id was used with other content; send a new id, or the first content again",
-                first=first["content"],
+        A Redis that came back without its last writes does not, and then nobody does.
+        """
+        remembered: bytes | None = None
+        with suppress(RedisError, OSError):
+            remembered = await self.store.batcher.execute("GET", operation)
+        if remembered is None or int(remembered.partition(b"\n")[0]) != history_id:
+            raise errors.OutcomeUnknown(
+                "the row is not in history yet and Redis cannot vouch for it; ask for the operation id",
+                reason="outcome_unknown",
                 **identity,
             )
-        recorded = await self.outbox.is_recorded(int(history_id))
-        answer = _answer(kind, int(history_id), int(time_us), identity, first["answer"], recorded)
+
+    async def _replayed(
+        self,
+        kind: answers.RowKind,
+        account_id: str,
+        operation: bytes,
+        content: Mapping[str, str],
+        identity: Mapping[str, str],
+    ) -> Booked:
+        """The first result of an operation id, if it was used for the same content."""
+        history_id, time_us, body = operation.split(b"\n", 2)
+        row = orjson.loads(body)
+        first = answers.content_of(kind, row)
+        if first != content:
+            raise errors.IdempotencyConflict(
+                "this operation id was used with other content; send a new id, or the first content again",
+                first=first,
+                **identity,
+            )
+        answer = answers.operation_answer(
+            kind,
+            account_id,
+            history_id=int(history_id),
+            time_us=int(time_us),
+            row=row,
+            recorded=await self.outbox.is_recorded(int(history_id)),
+        )
         return Booked("replayed", answer)
 
     async def _commit(
@@ -295,7 +318,7 @@ class Booking:
             if change.kind == "adjustment" or after.position(symbol) != before.position(symbol)
         ]
         limit = self.settings.outbox_soft_limit if change.adds_risk else self.settings.outbox_hard_limit
-        body = orjson.dumps({"mark_version": version, **change.body})
+        body = orjson.dumps({"mark_version": version, **change.row})
         recovery = self._recovery(snapshot, change, market)
         account_id = snapshot.account_id
         answer = await self.store.run(
@@ -328,7 +351,7 @@ class Booking:
                 version,
                 limit,
                 self.settings.operation_ttl_seconds,
-                change.operation,
+                "remember" if operation else "",
                 snapshot.balance_text,
                 snapshot.seq_text,
                 snapshot.breach_text,
@@ -368,49 +391,8 @@ class Booking:
             prices={symbol: mark.price for symbol, mark in market.marks.items()},
             mark_version=snapshot.mark_version,
             liquidation_id=snapshot.breach.id,
-            cause=f"a {change.body.get('kind', change.kind)}",
+            cause=f"a {change.row.get('kind', change.kind)}",
         )
-
-
-def shown_position(position: Position) -> dict[str, str | None]:
-    """A position in an answer; a flat one has no average price."""
-    return {
-        "quantity": format_decimal(position.quantity),
-        "avg_price": (
-            format_decimal(trading.margin.average_price(quantity=position.quantity, cost=position.cost))
-            if position.quantity
-            else None
-        ),
-    }
-
-
-def shown_margin(valued: AccountMargin[Decimal] | None) -> dict[str, str | None]:
-    """Balance, equity, used and free margin in an answer; null where a mark is missing."""
-    if valued is None:
-        return {"equity": None, "used_margin": None, "free_margin": None}
-    return {
-        "balance": format_decimal(valued.balance),
-        "equity": format_decimal(valued.equity),
-        "used_margin": format_decimal(valued.used_margin),
-        "free_margin": format_decimal(valued.free_margin),
-    }
-
-
-def _answer(
-    kind: str,
-    history_id: int,
-    time_us: int,
-    identity: Mapping[str, str],
-    answer: Mapping[str, Any],
-    recorded: bool,  # noqa: FBT001  # a value of the answer, not a switch
-) -> dict[str, Any]:
-    return {
-        "trade_id" if kind == "trade" else "transfer_id": history_id,
-        **identity,
-        "timestamp": format_timestamp(timestamp_of(time_us)),
-        **answer,
-        "recorded": recorded,
-    }
 
 
 def _symbol_keys(symbol: str) -> tuple[str, str, str, str]:

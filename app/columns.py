@@ -234,7 +234,7 @@ async def read_chunk(client: Redis, first_slot: int, count: int, contracts: Mapp
 
 
 async def read_chunks(client: Redis, contracts: Mapping[str, Contract], *, chunk_accounts: int) -> AsyncIterator[Chunk]:
-    """Every account, chunk by chunk; each chunk has the marks of its own moment. An empty system has one empty chunk."""
+    """Every account, chunk by chunk, each with the marks of its own moment; an empty system has one empty chunk."""
     first_slot = 0
     while True:
         chunk = await read_chunk(client, first_slot, chunk_accounts, contracts)
@@ -252,16 +252,16 @@ async def account_names(client: Redis, slots: Sequence[int]) -> list[str]:
     first, last = min(slots), max(slots)
     if last - first < 4 * len(slots):
         names = await client.lrange(keys.ACCOUNTS, first, last)
-        return [names[slot - first].decode() for slot in slots]
+        return [keys.as_text(names[slot - first]) for slot in slots]
     async with client.pipeline(transaction=False) as pipeline:
         for slot in slots:
             pipeline.lindex(keys.ACCOUNTS, slot)
-        return [name.decode() for name in await pipeline.execute()]
+        return [keys.as_text(name) for name in await pipeline.execute()]
 
 
 async def quarantined_slots(client: Redis) -> tuple[dict[int, str], list[str]]:
     """The accounts in quarantine by slot, and those made by hand that have none."""
-    names = [name.decode() for name in await client.hkeys(keys.QUARANTINED)]
+    names = [keys.as_text(name) for name in await client.hkeys(keys.QUARANTINED)]
     async with client.pipeline(transaction=False) as pipeline:
         for name in names:
             pipeline.hget(keys.ledger_key(name), "slot")

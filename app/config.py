@@ -17,7 +17,8 @@ def _contract_from_json(value: object) -> object:
     """A contract as a JSON object with decimal strings; names that are left out take the default."""
     if not isinstance(value, dict):
         return value
-    return Contract(**{name: item if name == "symbol" else Decimal(str(item)) for name, item in value.items()})
+    numbers = {name: Decimal(str(item)) for name, item in value.items() if name != "symbol"}
+    return Contract(symbol=str(value["symbol"]), **numbers)
 
 
 class Settings(BaseSettings):

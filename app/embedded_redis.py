@@ -133,10 +133,8 @@ class RedisServer:
         except redis.RedisError:
             # It may be too stalled to answer; the signals below do not need it to.
             pass
-        deadline = time.monotonic() + ANSWER_TIMEOUT_SECONDS
-        while process.is_running() and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
-        if not process.stop([(signal.SIGTERM, 10), (signal.SIGKILL, 5)]):
+        gone = process.wait(ANSWER_TIMEOUT_SECONDS) or process.stop([(signal.SIGTERM, 10), (signal.SIGKILL, 5)])
+        if not gone:
             raise ServerFailed(f"Redis (process {process.pid}) does not stop")
         self.process = None
 

@@ -61,7 +61,7 @@ def _columns(model: type[HistoryRow]) -> str:
 
 
 def _typed_columns(model: type[HistoryRow]) -> str:
-    dialect = postgresql.dialect()
+    dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
     return ", ".join(f"{column.name} {column.type.compile(dialect=dialect)}" for column in model.__table__.columns)
 
 

@@ -10,8 +10,14 @@ import structlog
 
 def configure_logging(level: str, *, process: str) -> None:
     """Send every log, the libraries' too, to standard error; ``process`` says whose it is."""
+
+    def name_process(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        event["process"] = process
+        return event
+
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
+        name_process,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -42,6 +48,5 @@ def configure_logging(level: str, *, process: str) -> None:
         logging.getLogger(name).handlers[:] = []
         logging.getLogger(name).propagate = True
     logging.getLogger("uvicorn.access").disabled = True
-    logging.getLogger("apscheduler").setLevel("WARNING")
-    logging.getLogger("httpx").setLevel("WARNING")
-    structlog.contextvars.bind_contextvars(process=process)
+    for name in ("apscheduler", "httpx", "alembic"):
+        logging.getLogger(name).setLevel("WARNING")

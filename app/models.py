@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Final
 from sqlalchemy import BigInteger, CheckConstraint, Index, MetaData, Numeric, Text, UniqueConstraint
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.schema import SchemaItem
 
 
 class Base(DeclarativeBase):
@@ -48,7 +49,7 @@ class HistoryRow(Base):
     mark_version: Mapped[int]
 
 
-def _history_table(*more: Any) -> tuple[Any, ...]:
+def _history_table(*more: SchemaItem) -> tuple[SchemaItem, ...]:
     return (
         UniqueConstraint("account_id", "seq"),
         Index(None, "timestamp", "id"),
@@ -62,7 +63,7 @@ def _finite(*columns: str) -> list[CheckConstraint]:
 
 
 class Trade(HistoryRow):
-    """A booked trade, and the balance and position it left."""
+    """A booked trade, and the balance, position and margin it left."""
 
     __tablename__ = "trades"
 
@@ -76,17 +77,20 @@ class Trade(HistoryRow):
     balance_after: Mapped[Decimal]
     quantity_after: Mapped[Decimal]
     cost_after: Mapped[Decimal]
+    equity_after: Mapped[Decimal]
+    used_margin_after: Mapped[Decimal]
     __table_args__ = _history_table(
         Index(None, "account_id", "client_trade_id"),
         CheckConstraint("side IN ('buy', 'sell')", name="side"),
         CheckConstraint("quantity > 0", name="quantity_positive"),
         CheckConstraint("price > 0", name="price_positive"),
         *_finite("quantity", "price", "mark_price", "realised_pnl", "balance_after", "quantity_after", "cost_after"),
+        *_finite("equity_after", "used_margin_after"),
     )
 
 
 class Transfer(HistoryRow):
-    """A deposit or a withdrawal, and the balance it left."""
+    """A deposit or a withdrawal, and what it left; the margin is null where an open position had no mark."""
 
     __tablename__ = "transfers"
 
@@ -94,11 +98,13 @@ class Transfer(HistoryRow):
     amount: Mapped[Decimal]
     client_transfer_id: Mapped[str]
     balance_after: Mapped[Decimal]
+    equity_after: Mapped[Decimal | None]
+    used_margin_after: Mapped[Decimal | None]
     __table_args__ = _history_table(
         Index(None, "account_id", "client_transfer_id"),
         CheckConstraint("kind IN ('deposit', 'withdrawal')", name="kind"),
         CheckConstraint("amount > 0", name="amount_positive"),
-        *_finite("amount", "balance_after"),
+        *_finite("amount", "balance_after", "equity_after", "used_margin_after"),
     )
 
 

@@ -80,7 +80,7 @@ async def reconcile(store: StateStore, engine: AsyncEngine) -> None:
     async with engine.begin() as connection:
         await connection.execute(text(f"SELECT pg_advisory_xact_lock({FENCE_LOCK})"))
         run_id = (await store.client.info("server"))["run_id"]
-        if (await store.client.get(keys.STATE_RUN_ID) or b"").decode() == run_id:
+        if keys.as_text(await store.client.get(keys.STATE_RUN_ID) or b"") == run_id:
             return
         if not await store.client.exists(keys.STATE_EPOCH):
             raise errors.StateMissing("Redis holds no state", reason="state_missing")
@@ -119,7 +119,7 @@ async def _migrate_state(settings: Settings, stores: Stores) -> None:
                     )
                 await store.client.set(keys.HISTORY_LAST_ID, 0)
                 await _advance_epoch(store, connection, reason="made by migrate", run_id=run_id)
-            elif signature.decode() != store.signature:
+            elif keys.as_text(signature) != store.signature:
                 await _advance_epoch(store, connection, reason="contracts or layout changed", run_id=None)
         if await needs_reconciling(store):
             await reconcile(store, engine)

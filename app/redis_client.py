@@ -48,6 +48,11 @@ RECOVERIES: Final = "counters:recoveries"
 BALANCE_PATTERN: Final = "account:*:balance"
 
 
+def as_text(answer: bytes | str) -> str:
+    """An answer of Redis as text, whichever of the two redis-py's types allow it is."""
+    return answer if isinstance(answer, str) else answer.decode(errors="replace")
+
+
 def balance_key(account_id: str) -> str:
     """A number: the account's cash in USDT. The account exists iff this key does."""
     return f"account:{account_id}:balance"

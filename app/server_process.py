@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ import psutil
 SOCKET_PATH_BYTES_MAX = 103
 """The longest path of a unix socket that both Linux (108 with its NUL) and macOS (104) take."""
 LOG_LINES_SHOWN = 15
+POLL_SECONDS = 0.02
 
 
 class EmbeddedServerError(Exception):
@@ -109,15 +111,27 @@ class ServerProcess:
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             return None
 
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal, unless it has gone."""
+        with suppress(psutil.NoSuchProcess):
+            self._process.send_signal(number)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait at most this long for it to exit; whether it has."""
+        deadline = time.monotonic() + seconds
+        while self.is_running():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(POLL_SECONDS)
+        return True
+
     def stop(self, signals: Sequence[tuple[signal.Signals, float]]) -> bool:
         """Send each signal, and wait its seconds, until the process has exited; whether it has."""
         for number, seconds in signals:
-            if not self.is_running():
+            self.send_signal(number)
+            if self.wait(seconds):
                 return True
-            with suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
-                self._process.send_signal(number)
-                self._process.wait(seconds)
-        return not self.is_running()
+        return False
 
 
 def as_user(user: tuple[int, int] | None) -> dict[str, Any]:

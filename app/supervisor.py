@@ -23,6 +23,9 @@ LIVE_INTERVAL_SECONDS: Final = 1.0
 LIVE_TIMEOUT_SECONDS: Final = 2.0
 LIVE_FAILURES_MAX: Final = 3
 LIVE_GRACE_SECONDS: Final = 30.0
+"""What a process that was started again has to become live."""
+WEDGED_STOP_TIMEOUT_SECONDS: Final = 3.0
+BACKOFF_SECONDS_MIN: Final = 0.5
 BACKOFF_SECONDS_MAX: Final = 30.0
 STEADY_SECONDS: Final = 60.0
 """A process that lived this long is started again at once when it dies."""
@@ -79,25 +82,31 @@ class Child:
         raise NotReady(f"The {self.name} is not ready after {READY_TIMEOUT_SECONDS:.0f} s: {answer}")
 
     async def keep_running(self, client: httpx.AsyncClient) -> None:
-        """Start it again, for ever, when it has exited or fails its live check three times in a row."""
+        """Start it again, for ever, when it has exited or fails its live check three times in a row.
+
+        It has to be ready when this begins.
+        """
         loop = asyncio.get_running_loop()
-        backoff_seconds = 0.5
+        backoff_seconds, grace_seconds = BACKOFF_SECONDS_MIN, 0.0
         while True:
             started = loop.time()
             assert self._process is not None
-            why = await self._until_down(client, self._process)
+            why = await self._until_down(client, self._process, grace_seconds)
             if loop.time() - started > STEADY_SECONDS:
-                backoff_seconds = 0.5
+                backoff_seconds = BACKOFF_SECONDS_MIN
             say(f"the {self.name} {why}; starting it again in {backoff_seconds:g} s")
-            await self.stop()
+            await self.stop(WEDGED_STOP_TIMEOUT_SECONDS)
             await asyncio.sleep(backoff_seconds)
             backoff_seconds = min(2 * backoff_seconds, BACKOFF_SECONDS_MAX)
             await self.start()
+            grace_seconds = LIVE_GRACE_SECONDS
 
-    async def _until_down(self, client: httpx.AsyncClient, process: asyncio.subprocess.Process) -> str:
-        """Wait until it is down; how."""
+    async def _until_down(
+        self, client: httpx.AsyncClient, process: asyncio.subprocess.Process, grace_seconds: float
+    ) -> str:
+        """Wait until it is down; how. Until ``grace_seconds`` have passed or it was live once, it may fail checks."""
         loop = asyncio.get_running_loop()
-        grace_ends = loop.time() + LIVE_GRACE_SECONDS
+        grace_ends = loop.time() + grace_seconds
         failures = 0
         while failures < LIVE_FAILURES_MAX:
             with suppress(TimeoutError):
@@ -113,7 +122,7 @@ class Child:
                 failures += 1
         return f"failed {failures} live checks in a row"
 
-    async def stop(self) -> bool:
+    async def stop(self, timeout_seconds: float = STOP_TIMEOUT_SECONDS) -> bool:
         """SIGTERM, and SIGKILL to the whole session for what is left of it in the end; whether it ran."""
         process = self._process
         if process is None:
@@ -123,11 +132,9 @@ class Child:
             with suppress(ProcessLookupError):
                 process.terminate()
             with suppress(TimeoutError):
-                async with asyncio.timeout(STOP_TIMEOUT_SECONDS):
+                async with asyncio.timeout(timeout_seconds):
                     await process.wait()
-        # Workers of an API that was killed live on in its session, which has the id it had.
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
+        _kill_session(process.pid)
         await process.wait()
         self._process = None
         self._record.unlink(missing_ok=True)
@@ -136,12 +143,22 @@ class Child:
 
 def stop_left_over(data_dir: Path) -> None:
     """Stop the API and the watchdog of an ``up`` that was killed: they would hold its ports."""
+    left_over: list[ServerProcess] = []
     for record in data_dir.glob("*.pid.json"):
         described = json.loads(record.read_text() or "{}")
         process = ServerProcess.recorded(described.get("pid"), described.get("created"))
         if process is not None:
             say(f"stopping the {record.name.removesuffix('.pid.json')} of an earlier run (process {process.pid})")
-            process.stop([(signal.SIGTERM, STOP_TIMEOUT_SECONDS)])
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
+            process.send_signal(signal.SIGTERM)
+            left_over.append(process)
         record.unlink()
+    for process in left_over:
+        process.wait(STOP_TIMEOUT_SECONDS)
+        _kill_session(process.pid)
+        process.wait(STOP_TIMEOUT_SECONDS)
+
+
+def _kill_session(pid: int) -> None:
+    """Kill what is left of a session: it, and the workers it started, whom its death leaves running."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)

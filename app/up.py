@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shlex
 import signal
@@ -17,6 +18,7 @@ import typer
 
 from app.config import Settings
 from app.embedded import Servers, claim, start_servers
+from app.logging import configure_logging
 from app.server_process import EmbeddedServerError
 from app.supervisor import LIVE_TIMEOUT_SECONDS, Child, say, stop_left_over
 
@@ -33,6 +35,9 @@ def up(settings: Settings, *, demo: bool) -> None:
     from app.reconcile import migrate  # noqa: PLC0415 - after the ports are known to be free
 
     signal.signal(signal.SIGTERM, _interrupt)
+    configure_logging(settings.log_level, process="up")
+    # It would tell of every live check and every request of the demo.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     data_dir = settings.data_dir.resolve()
     claimed = claim(data_dir)
     stop_left_over(data_dir)

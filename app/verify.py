@@ -147,8 +147,7 @@ async def _verify(settings: Settings, stores: Stores) -> Verification:
         names = await _account_names(store)
         for start in range(0, len(names), ACCOUNTS_PER_READ):
             some = names[start : start + ACCOUNTS_PER_READ]
-            for name, snapshot in zip(some, await _read(booking, some), strict=True):
-                snapshots[name] = snapshot
+            snapshots.update(zip(some, await _read(booking, some), strict=True))
         result.accounts = len(snapshots)
         suspects: dict[str, list[str]] = {}
         async for fold in _folds(engine, booking.contracts):
@@ -237,9 +236,9 @@ async def _read(booking: Booking, names: Sequence[str]) -> list[Found]:
 
 async def _account_names(store: StateStore) -> list[str]:
     """Every account that has a slot or a balance key."""
-    names = {name.decode() for name in await store.client.lrange(keys.ACCOUNTS, 0, -1)}
+    names = {keys.as_text(name) for name in await store.client.lrange(keys.ACCOUNTS, 0, -1)}
     async for key in store.client.scan_iter(match=keys.BALANCE_PATTERN, count=5_000):
-        names.add(key.decode().split(":")[1])
+        names.add(keys.as_text(key).split(":")[1])
     return sorted(names)
 
 

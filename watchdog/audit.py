@@ -40,8 +40,8 @@ class Audit:
             keys.ACCOUNTS, self._next_slot, self._next_slot + self._accounts_per_step - 1
         )
         self._next_slot = self._next_slot + len(by_slot) if len(by_slot) == self._accounts_per_step else 0
-        names = {name.decode() for name in by_slot} | set(await self._made_by_hand())
-        quarantined = {name.decode() for name in await self._client.hkeys(keys.QUARANTINED)}
+        names = {keys.as_text(name) for name in by_slot} | set(await self._made_by_hand())
+        quarantined = {keys.as_text(name) for name in await self._client.hkeys(keys.QUARANTINED)}
         await asyncio.gather(*(self._check(name, was_quarantined=name in quarantined) for name in sorted(names)))
 
     async def _made_by_hand(self) -> list[str]:
@@ -49,7 +49,7 @@ class Audit:
         self._scan_cursor, found = await self._client.scan(
             self._scan_cursor, match=keys.BALANCE_PATTERN, count=self._accounts_per_step * KEYS_PER_ACCOUNT
         )
-        names = [key.decode(errors="replace")[len("account:") : -len(":balance")] for key in found]
+        names = [keys.as_text(key)[len("account:") : -len(":balance")] for key in found]
         known = [name for name in names if re.fullmatch(IDENTIFIER_PATTERN, name)]
         async with self._client.pipeline(transaction=False) as pipeline:
             for name in known:
@@ -66,7 +66,7 @@ class Audit:
                 await self._booking.adopt(snapshot)
         except errors.AccountQuarantined as error:
             if not was_quarantined:
-                log.error("quarantined an account", account_id=name, reason=error.detail)
+                log.warning("quarantined an account", account_id=name, reason=error.detail)
             await self._client.hset(keys.QUARANTINED, name, error.detail)
         except errors.UnknownAccount:
             await self._client.hdel(keys.QUARANTINED, name)

@@ -1,4 +1,4 @@
-"""The watchdog's own page: metrics and health, served from the loop that sweeps, so that a dead loop does not answer."""
+"""The watchdog's own page: metrics and health, from the loop that sweeps, so that a dead loop does not answer."""
 
 from __future__ import annotations
 

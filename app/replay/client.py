@@ -114,12 +114,13 @@ class ApiClient:
         started_at = time.monotonic()
         await asyncio.sleep(0.8 * self._sweep_seconds)
         while True:
+            asked_after_seconds = time.monotonic() - started_at
             _, swept_version = await self.versions()
-            seconds = time.monotonic() - started_at
             if swept_version >= version:
-                self._sweep_seconds += 0.1 * (min(seconds, 2 * self._sweep_seconds + 0.002) - self._sweep_seconds)
-                return seconds
-            if seconds > SWEEP_DEADLINE_SECONDS:
+                # A first question that comes late enough lowers the estimate, one that comes too early raises it.
+                self._sweep_seconds += 0.1 * (min(asked_after_seconds, 0.05) - self._sweep_seconds)
+                return time.monotonic() - started_at
+            if asked_after_seconds > SWEEP_DEADLINE_SECONDS:
                 raise ReplayError(
                     f"mark version {version} is not swept after {SWEEP_DEADLINE_SECONDS:.0f} s (swept: "
                     f"{swept_version}). Is the watchdog running? `plimsoll watchdog` starts one."

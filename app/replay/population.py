@@ -89,7 +89,12 @@ class Leveraged(Trader):
 
 
 class Flipper(Trader):
-    """Is always on one side of the market, and turns about in one trade."""
+    """Is always on one side of the market, and turns about in one trade; half as often as others act."""
+
+    def __init__(self, seat: Seat) -> None:
+        super().__init__(seat)
+        self.marks_between_acts *= 2
+        self.wakes_at = round(self.marks_between_acts * self.random.random())
 
     def pursue(self) -> Moves:
         """Flip with a part of what the equity carries."""

@@ -23,7 +23,7 @@ MAINTENANCE_RATE: Final = BTC_PERP.maintenance_rate
 BAND: Final = BTC_PERP.price_band
 
 NEVER: Final = 1 << 62
-ACTS_PER_PLAY: Final = 18
+ACTS_PER_PLAY: Final = 15
 """About how often one trader acts of its own accord in a play, however many marks the play has."""
 
 

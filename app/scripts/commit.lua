@@ -3,7 +3,7 @@
 -- KEYS: state:epoch, state:run_id, history:last_id, outbox, operation, account balance, positions, account ledger,
 --       account equity, account used_margin, accounts, columns:balance, columns:breach, counters:recoveries,
 --       then per symbol touched: columns quantity, columns cost, columns open
--- ARGV: 1 signature, 2 account, 3 kind, 4 mark version, 5 outbox limit, 6 operation seconds, 7 operation,
+-- ARGV: 1 signature, 2 account, 3 kind, 4 mark version, 5 outbox limit, 6 operation seconds, 7 '' for no operation,
 --       8 balance read, 9 seq read, 10 breach read, 11 balance, 12 balance packed, 13 equity, 14 used_margin, 15 body,
 --       16 recovery body ('' keeps the breach as it is), 17 number of fields read, fields and values read,
 --       then per symbol touched: field, value ('' for flat), quantity packed, cost packed
@@ -89,5 +89,5 @@ if recovery ~= '' then
   redis.call('SETRANGE', KEYS[13], slot * 8, '\0\0\0\0\0\0\0\0')
   redis.call('INCR', KEYS[14])
 end
-if ARGV[7] ~= '' then redis.call('SET', KEYS[5], text .. '\n' .. time .. '\n' .. ARGV[7], 'EX', ARGV[6]) end
+if ARGV[7] ~= '' then redis.call('SET', KEYS[5], text .. '\n' .. time .. '\n' .. ARGV[15], 'EX', ARGV[6]) end
 return {'ok', text, seq, time, recovery, epoch}

@@ -132,10 +132,9 @@ def apply_trade(position: Position, *, signed_quantity: Decimal, price: Decimal)
     stays, so cost is neither made nor lost. A flip is a close and an open.
     """
     held = position.quantity
+    closed = ZERO
     if held * signed_quantity < 0:
         closed = signed_quantity if abs(signed_quantity) <= abs(held) else -held
-    else:
-        closed = ZERO
     opened = signed_quantity - closed
     if closed == -held:
         cost_removed = position.cost
@@ -251,7 +250,7 @@ def decide_trade(account: Account, order: TradeOrder, market: Market) -> TradeDe
 
 @exact
 def decide_transfer(account: Account, order: TransferOrder, market: Market) -> TransferDecision:
-    """Accept a deposit or withdrawal, or raise the refusal; a withdrawal leaves free margin and balance at 0 or above."""
+    """Accept a deposit or withdrawal, or raise; a withdrawal leaves neither balance nor free margin below 0."""
     after = replace(account, balance=account.balance + order.signed_amount)
     if order.kind == "withdrawal":
         if market.halted:
@@ -277,12 +276,12 @@ def decide_transfer(account: Account, order: TransferOrder, market: Market) -> T
                 available=max(available, ZERO),
                 balance=account.balance,
                 free_margin=valued.free_margin + order.amount,
-                next=deposit_or_less(order, available),
+                next=_deposit_or_less(order, available),
             )
     return TransferDecision(account=after, margin=valued)
 
 
-def deposit_or_less(order: TransferOrder, available: Decimal) -> dict[str, object]:
+def _deposit_or_less(order: TransferOrder, available: Decimal) -> dict[str, object]:
     """The withdrawal that would pass, or the deposit that would let this one pass."""
     if available <= 0:
         return errors.deposit_step(order.account_id, _round_up(order.amount - available))

@@ -28,6 +28,8 @@ def upgrade() -> None:
             _number("balance_after"),
             _number("quantity_after"),
             _number("cost_after"),
+            _number("equity_after"),
+            _number("used_margin_after"),
             sa.CheckConstraint("side IN ('buy', 'sell')", name="side"),
             sa.CheckConstraint("quantity > 0", name="quantity_positive"),
             sa.CheckConstraint("price > 0", name="price_positive"),
@@ -40,6 +42,8 @@ def upgrade() -> None:
         more=(
             _text("client_transfer_id"),
             _number("balance_after"),
+            _number("equity_after", nullable=True),
+            _number("used_margin_after", nullable=True),
             sa.CheckConstraint("kind IN ('deposit', 'withdrawal')", name="kind"),
             sa.CheckConstraint("amount > 0", name="amount_positive"),
         ),
@@ -133,8 +137,8 @@ def _text(name: str) -> sa.Column[object]:
     return sa.Column(name, sa.Text, nullable=False)
 
 
-def _number(name: str) -> sa.Column[object]:
-    return sa.Column(name, sa.Numeric, nullable=False)
+def _number(name: str, *, nullable: bool = False) -> sa.Column[object]:
+    return sa.Column(name, sa.Numeric, nullable=nullable)
 
 
 def _json(name: str) -> sa.Column[object]:
