@@ -73,6 +73,7 @@ class Batcher:
             connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]
         except (RedisConnectionError, RedisTimeoutError, OSError) as error:
             _fail([answer for _, answer in batch], NotSentError(str(error)))
+            self._fail_waiting(str(error))
             return
         unanswered = deque(answer for _, answer in batch)
         try:
@@ -91,8 +92,15 @@ class Batcher:
             # The answers that are missing may still arrive on this connection: it must not serve anybody else.
             await connection.disconnect(nowait=True)
             _fail(unanswered, RedisTimeoutError(str(error) or "no answer in time"))
+            self._fail_waiting(str(error) or "Redis does not answer")
         finally:
             await self._pool.release(connection)
+
+    def _fail_waiting(self, reason: str) -> None:
+        """Give up what has not been sent when Redis stalls: waiting its turn would only pile it up."""
+        waiting = [answer for _, answer in self._waiting]
+        self._waiting.clear()
+        _fail(waiting, NotSentError(reason))
 
 
 def _fail(answers: list[asyncio.Future[Any]] | deque[asyncio.Future[Any]], error: Exception) -> None:

@@ -50,7 +50,10 @@ def api() -> None:
     with _plain_errors():
         import uvicorn
 
+        from app.up import base_url, say
+
         settings, _stores = _located()
+        say(f"the API starts on {base_url(settings.api_host, settings.api_port)}")
         metrics_directory = _share_metrics(settings.api_workers)
         # uvicorn hands the signal on when it has finished; the directory is removed then.
         signal.signal(signal.SIGTERM, lambda _signal, _frame: sys.exit(0))
@@ -63,6 +66,7 @@ def api() -> None:
                 loop="uvloop",
                 http="httptools",
                 log_config=None,
+                log_level="warning",
                 access_log=False,
                 server_header=False,
                 timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_SECONDS,
@@ -105,6 +109,21 @@ def verify() -> None:
             typer.echo(f"{len(found.differences)} differences; {found.accounts} accounts, {found.rows} rows", err=True)
             raise typer.Exit(1)
         typer.echo(f"{found.accounts} accounts and {found.rows} rows agree")
+
+
+@app.command()
+def rebuild() -> None:
+    """Restore Redis from Postgres alone: balances, positions, open breaches, operation ids. Marks start missing."""
+    with _plain_errors():
+        settings, stores = _located()
+        from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+
+        from app.rebuild import rebuild as restore
+
+        with Progress(SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn()) as shown:
+            tasks = {stage: shown.add_task(stage, total=None) for stage in ("accounts", "operation ids")}
+            rebuilt = restore(settings, stores, lambda stage, count: shown.advance(tasks[stage], count))
+        typer.echo(f"rebuilt {rebuilt.accounts} accounts from history up to id {rebuilt.newest_id}; set the marks next")
 
 
 @app.command()

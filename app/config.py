@@ -55,6 +55,7 @@ class Settings(BaseSettings):
     outbox_hard_limit: PositiveInt = 400_000
     outbox_batch_rows: PositiveInt = 1_000
     operation_ttl_seconds: PositiveInt = 86_400
+    allow_unsafe_redis: bool = False
 
     @field_validator("contracts")
     @classmethod

@@ -171,10 +171,16 @@ class StateUnreconciled(Unavailable):
     code = "state_unreconciled"
 
 
-class StateBehindHistory(Unavailable):
-    """Redis came back without its last writes; history is ahead of it."""
+class StateAheadOfHistory(Unavailable):
+    """Redis holds changes that Postgres does not: restoring from history would lose them."""
 
-    code = "state_behind_history"
+    code = "state_ahead_of_history"
+
+
+class UnsafeRedis(Unavailable):
+    """Redis is configured so that it would forget or evict state."""
+
+    code = "unsafe_redis"
 
 
 class StateMismatch(Unavailable):
@@ -231,7 +237,8 @@ HTTP_STATUS: Final[dict[str, tuple[int, str]]] = {
     StateMissing.code: (503, "State missing"),
     StateFrozen.code: (503, "State frozen"),
     StateUnreconciled.code: (503, "State not reconciled"),
-    StateBehindHistory.code: (503, "State behind history"),
+    StateAheadOfHistory.code: (503, "State ahead of history"),
+    UnsafeRedis.code: (503, "Redis is not safe"),
     StateMismatch.code: (503, "State of another release or contract set"),
     OutboxFull.code: (503, "Outbox full"),
     OutcomeUnknown.code: (503, "Outcome unknown"),

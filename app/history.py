@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final
@@ -91,7 +92,7 @@ async def write_history(engine: AsyncEngine, entries: Sequence[HistoryEntry], *,
     contradicted = []
     async with engine.connect() as connection:
         driver = await _driver(connection)
-        async with driver.transaction():
+        async with _invalidating(connection), driver.transaction():
             # Two statements: the epoch must be read by a snapshot taken after the lock was granted.
             await driver.execute(
                 f"SELECT pg_advisory_xact_lock_shared({FENCE_LOCK})", timeout=STATEMENT_TIMEOUT_SECONDS
@@ -116,6 +117,16 @@ async def _is_recorded(driver: asyncpg.Connection, entry: HistoryEntry) -> bool:
     return bool(
         await driver.fetchval(_SAME[entry.kind], entry.row_json().decode(), entry.id, timeout=STATEMENT_TIMEOUT_SECONDS)
     )
+
+
+@asynccontextmanager
+async def _invalidating(connection: AsyncConnection) -> AsyncIterator[None]:
+    """Keep a driver's connection that broke or hangs out of the pool; SQLAlchemy does not see what was said to it."""
+    try:
+        yield
+    except (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresConnectionError):
+        await connection.invalidate()
+        raise
 
 
 async def _driver(connection: AsyncConnection) -> asyncpg.Connection:

@@ -41,7 +41,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
     store, engine = StateStore(stores.redis_url, settings), database.create_engine(stores.database_url)
     outbox = Outbox(store, engine, settings)
     await outbox.start()
-    reconciling = asyncio.create_task(keep_reconciled(store, engine), name="reconcile")
+    reconciling = asyncio.create_task(keep_reconciled(store, engine, settings), name="reconcile")
     services = api.Services(
         settings=settings,
         store=store,

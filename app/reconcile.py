@@ -1,13 +1,14 @@
-"""The life of the state: made by ``migrate``, compared with history after every restart of Redis, emptied by ``reset``.
+"""The life of the state: made by ``migrate``, reconciled after every restart of Redis, emptied by ``reset``.
 
-Whether Redis still is the newer of the two stores is decided by one number: ids come from one counter in Redis, so a
-counter that is not behind Postgres' largest id means that nothing history knows is missing from Redis.
+Which of the two stores is ahead is decided by one number. Ids come from one counter in Redis, and what a restart may
+lose is always the newest part: a counter that is not behind Postgres' largest id means that Redis lost nothing that
+history knows, and rows with larger ids are exactly what it did lose.
 """
 
 from __future__ import annotations
 
 import asyncio
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -15,17 +16,19 @@ from sqlalchemy import func, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from app import database, errors
+from app import database, errors, restore
 from app import redis_client as keys
 from app.config import Settings
 from app.history import FENCE_LOCK
-from app.models import HISTORY, Epoch
+from app.models import HISTORY, Epoch, Liquidation, Recovery
 from app.redis_client import StateStore
 
 if TYPE_CHECKING:
     from app.embedded import Stores
 
 RECONCILE_INTERVAL_SECONDS: Final = 0.5
+HELD_ROWS_SECONDS: Final = 4.0
+"""Two statements' time: a process that lives has written what it holds, or has given up."""
 
 log = structlog.get_logger(__name__)
 
@@ -46,13 +49,14 @@ def reset(settings: Settings, stores: Stores) -> None:
     migrate(settings, stores)
 
 
-async def keep_reconciled(store: StateStore, engine: AsyncEngine) -> None:
+async def keep_reconciled(store: StateStore, engine: AsyncEngine, settings: Settings) -> None:
     """Reconcile after every restart of Redis, for as long as the process lives."""
     complaint = ""
     while True:
         try:
             if await needs_reconciling(store):
-                await reconcile(store, engine)
+                await store.check_durability(allow_unsafe=settings.allow_unsafe_redis)
+                await reconcile(store, engine, settings)
             complaint = ""
         except Exception as error:  # noqa: BLE001  # any fault of either store: said once, and tried again
             if complaint != repr(error):
@@ -62,37 +66,110 @@ async def keep_reconciled(store: StateStore, engine: AsyncEngine) -> None:
 
 
 async def needs_reconciling(store: StateStore) -> bool:
-    """Whether this run of Redis has not been compared with history yet."""
+    """Whether this run of Redis has a state that was not compared with history yet; one being rebuilt needs more."""
     async with store.client.pipeline(transaction=True) as pipeline:
         pipeline.info("server")
         pipeline.get(keys.STATE_RUN_ID)
-        pipeline.exists(keys.STATE_EPOCH)
-        server, run_id, exists = await pipeline.execute()
-    return bool(exists) and (run_id or b"").decode() != server["run_id"]
+        pipeline.hget(keys.STATE_EPOCH, "status")
+        server, run_id, status = await pipeline.execute()
+    return status == b"ready" and (run_id or b"").decode() != server["run_id"]
 
 
-async def reconcile(store: StateStore, engine: AsyncEngine) -> None:
+async def reconcile(store: StateStore, engine: AsyncEngine, settings: Settings) -> None:
     """Let writes go again after a restart of Redis, in a new epoch that fences whoever wrote before it.
 
-    Raises ``StateMissing`` when Redis came up empty and ``StateBehindHistory`` when it lost writes that history has:
-    nothing is written until the state has been restored.
+    Accounts of which Redis lost the newest changes are rolled forward from their rows of history. Raises
+    ``StateMissing`` when Redis came up empty: that takes a ``rebuild``.
     """
+    await _wait_for_held_rows(store, engine)
     async with engine.begin() as connection:
-        await connection.execute(text(f"SELECT pg_advisory_xact_lock({FENCE_LOCK})"))
+        await lock_history(connection)
         run_id = (await store.client.info("server"))["run_id"]
         if keys.as_text(await store.client.get(keys.STATE_RUN_ID) or b"") == run_id:
             return
-        if not await store.client.exists(keys.STATE_EPOCH):
-            raise errors.StateMissing("Redis holds no state", reason="state_missing")
-        last_id = int(await store.client.get(keys.HISTORY_LAST_ID) or 0)
+        if await store.client.hget(keys.STATE_EPOCH, "status") != b"ready":
+            raise errors.StateMissing("Redis holds no state, or one that is being rebuilt", reason="state_missing")
+        last_id = await _last_id(store)
         recorded = await newest_history_id(connection)
         if last_id < recorded:
-            raise errors.StateBehindHistory(
-                f"Redis came back at id {last_id}, history is at {recorded}; its last writes are lost",
-                reason="state_behind_history",
-            )
-        await _advance_epoch(store, connection, reason=f"Redis restarted as {run_id}", run_id=run_id)
+            await _roll_forward(store, connection, settings, last_id=last_id, recorded=recorded)
+        await advance_epoch(store, connection, reason=f"Redis restarted as {run_id}", run_id=run_id)
     log.info("reconciled with history", last_id=last_id, recorded=recorded)
+
+
+async def _wait_for_held_rows(store: StateStore, engine: AsyncEngine) -> None:
+    """Give processes that hold rows which Redis has lost the time to write them, before a new epoch fences them.
+
+    A row is missing where an account's rows beyond Redis' seq do not follow each other. Its process is alive or it is
+    not: after a while the account is taken as its newest row left it, and ``verify`` names the row that is missing.
+    """
+    deadline = asyncio.get_running_loop().time() + HELD_ROWS_SECONDS
+    while True:
+        async with engine.connect() as connection:
+            changed = await _changed_since(connection, await _last_id(store))
+            incomplete = []
+            for account_id, (count, seq) in changed.items():
+                known = int(await store.client.hget(keys.ledger_key(account_id), "seq") or 0)
+                if count < seq - known:
+                    incomplete.append(account_id)
+        if not incomplete:
+            return
+        if asyncio.get_running_loop().time() > deadline:
+            log.error("rows of history are lost; their accounts are taken as newer rows left them", accounts=incomplete)
+            return
+        await asyncio.sleep(HELD_ROWS_SECONDS / 20)
+
+
+async def _roll_forward(
+    store: StateStore, connection: AsyncConnection, settings: Settings, *, last_id: int, recorded: int
+) -> None:
+    """Bring Redis from ``last_id`` to ``recorded``. The counter moves last: a crash before that repeats the whole."""
+    symbols = [contract.symbol for contract in settings.contracts]
+    changed = await _changed_since(connection, last_id)
+    accounts = await restore.accounts_in_history(connection, sorted(changed))
+    await restore.restore_some(store, accounts.values(), symbols)
+    now = datetime.now(UTC)
+    await restore.restore_operations(
+        store,
+        restore.operations_in_history(
+            connection, since=now - timedelta(seconds=settings.operation_ttl_seconds), after_id=last_id
+        ),
+        now=now,
+        seconds_kept=settings.operation_ttl_seconds,
+        progress=lambda _stage, _count: None,
+    )
+    opened, ended = [
+        await connection.scalar(select(func.count()).select_from(model).where(model.id > last_id)) or 0
+        for model in (Liquidation, Recovery)
+    ]
+    version = max(int(await store.client.get(keys.MARK_VERSION) or 0), await newest_mark_version(connection))
+    async with store.client.pipeline(transaction=True) as pipeline:
+        pipeline.incrby(keys.LIQUIDATIONS, opened)
+        pipeline.incrby(keys.RECOVERIES, ended)
+        pipeline.set(keys.MARK_VERSION, version)
+        pipeline.set(keys.HISTORY_LAST_ID, recorded)
+        await pipeline.execute()
+    log.warning("rolled forward from history", accounts=len(accounts), rows=recorded - last_id)
+
+
+async def _changed_since(connection: AsyncConnection, last_id: int) -> dict[str, tuple[int, int]]:
+    """The accounts with rows above ``last_id``: how many, and the largest seq."""
+    changed: dict[str, tuple[int, int]] = {}
+    for model in HISTORY.values():
+        query = select(model.account_id, func.count(), func.max(model.seq)).where(model.id > last_id)
+        for account_id, count, seq in (await connection.execute(query.group_by(model.account_id))).all():
+            before = changed.get(account_id, (0, 0))
+            changed[account_id] = (before[0] + count, max(before[1], seq))
+    return changed
+
+
+async def _last_id(store: StateStore) -> int:
+    return int(await store.client.get(keys.HISTORY_LAST_ID) or 0)
+
+
+async def lock_history(connection: AsyncConnection) -> None:
+    """Keep every writer of history out until this transaction ends."""
+    await connection.execute(text(f"SELECT pg_advisory_xact_lock({FENCE_LOCK})"))
 
 
 async def newest_history_id(connection: AsyncConnection) -> int:
@@ -103,32 +180,41 @@ async def newest_history_id(connection: AsyncConnection) -> int:
     return newest
 
 
+async def newest_mark_version(connection: AsyncConnection) -> int:
+    """The largest mark version that any row was decided on, 0 for none."""
+    newest = 0
+    for model in HISTORY.values():
+        newest = max(newest, await connection.scalar(select(func.coalesce(func.max(model.mark_version), 0))) or 0)
+    return newest
+
+
 async def _migrate_state(settings: Settings, stores: Stores) -> None:
     store, engine = StateStore(stores.redis_url, settings), database.create_engine(stores.database_url)
     try:
         async with engine.begin() as connection:
-            await connection.execute(text(f"SELECT pg_advisory_xact_lock({FENCE_LOCK})"))
+            await lock_history(connection)
             signature = await store.client.hget(keys.STATE_EPOCH, "signature")
             run_id = (await store.client.info("server"))["run_id"]
+            await store.check_durability(allow_unsafe=settings.allow_unsafe_redis)
             if signature is None:
                 if await newest_history_id(connection):
                     raise errors.StateMissing(
-                        "Postgres has history and Redis has no state: start Redis on its own data, "
-                        "or run `plimsoll reset` to empty both",
+                        "Postgres has history and Redis has no state: start Redis on its own data, run "
+                        "`plimsoll rebuild` to restore it from history, or `plimsoll reset` to empty both",
                         reason="state_missing",
                     )
                 await store.client.set(keys.HISTORY_LAST_ID, 0)
-                await _advance_epoch(store, connection, reason="made by migrate", run_id=run_id)
+                await advance_epoch(store, connection, reason="made by migrate", run_id=run_id)
             elif keys.as_text(signature) != store.signature:
-                await _advance_epoch(store, connection, reason="contracts or layout changed", run_id=None)
+                await advance_epoch(store, connection, reason="contracts or layout changed", run_id=None)
         if await needs_reconciling(store):
-            await reconcile(store, engine)
+            await reconcile(store, engine, settings)
     finally:
         await store.close()
         await engine.dispose()
 
 
-async def _advance_epoch(store: StateStore, connection: AsyncConnection, *, reason: str, run_id: str | None) -> None:
+async def advance_epoch(store: StateStore, connection: AsyncConnection, *, reason: str, run_id: str | None) -> None:
     """The next epoch, in Postgres first: a crash before Redis hears of it leaves writes refused, not unfenced."""
     epoch = (await connection.scalar(select(func.coalesce(func.max(Epoch.epoch), 0))) or 0) + 1
     await connection.execute(

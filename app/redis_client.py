@@ -13,6 +13,7 @@ from functools import cached_property
 from importlib import resources
 from typing import Any, Final
 
+import structlog
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -24,6 +25,8 @@ from app import errors
 from app.batcher import Batcher, NotSentError
 from app.config import Settings
 from app.contracts import contracts_digest
+
+log = structlog.get_logger(__name__)
 
 LAYOUT_VERSION: Final = 1
 """Moves on when keys or scripts change so that an older release must not write beside a newer."""
@@ -154,9 +157,10 @@ class StateStore:
         }
         self.client = Redis.from_url(redis_url, max_connections=16, **options)
         self._pool = BlockingConnectionPool.from_url(
-            redis_url, max_connections=4, timeout=settings.redis_timeout_seconds, **options
+            redis_url, max_connections=4, timeout=settings.redis_timeout_seconds / 2, **options
         )
-        self.batcher = Batcher(self._pool, timeout_seconds=settings.redis_timeout_seconds)
+        # A request makes two calls, a read and a commit, and is answered within the one time.
+        self.batcher = Batcher(self._pool, timeout_seconds=settings.redis_timeout_seconds / 2)
 
     async def close(self) -> None:
         """Close every connection; calls still under way fail."""
@@ -191,6 +195,34 @@ class StateStore:
         _raise_refusal(answer)
         return list(answer)
 
+    async def check_durability(self, *, allow_unsafe: bool) -> None:
+        """Raise ``UnsafeRedis`` for a Redis that would forget or evict; say so when it syncs less than every write.
+
+        A Redis whose ACL keeps its configuration to itself is taken at its operator's word.
+        """
+        try:
+            found = {
+                name: (await self.client.config_get(name)).get(name)
+                for name in ("appendonly", "appendfsync", "maxmemory-policy", "maxmemory")
+            }
+        except ResponseError:
+            log.info("the persistence of Redis could not be checked")
+            return
+        faults = []
+        if found["appendonly"] != "yes":
+            faults.append("appendonly is not yes: a restart forgets everything")
+        if found["maxmemory"] != "0" and found["maxmemory-policy"] != "noeviction":
+            faults.append(f"maxmemory-policy is {found['maxmemory-policy']}: keys would be evicted")
+        if faults and not allow_unsafe:
+            raise errors.UnsafeRedis(
+                f"Redis would lose state: {'; '.join(faults)}. Mend it, or set PLIMSOLL_ALLOW_UNSAFE_REDIS=1",
+                reason="unsafe_redis",
+            )
+        if faults:
+            log.warning("Redis would lose state", faults=faults)
+        elif found["appendfsync"] != "always":
+            log.warning("Redis does not sync every write; a power cut may cost the last second", **found)
+
     async def require_state(self) -> None:
         """Raise the ``Unavailable`` that keeps this process from writing, if there is one."""
         await self.run(CHECK, [STATE_EPOCH, STATE_RUN_ID], [self.signature])
@@ -201,7 +233,8 @@ def _raise_refusal(answer: Sequence[Any]) -> None:
     match answer[0]:
         case "state_missing":
             raise errors.StateMissing(
-                "Redis holds no state: run `plimsoll migrate` for a new system, or `plimsoll reset` to start over",
+                "Redis holds no state: run `plimsoll migrate` for a new system, `plimsoll rebuild` to restore it from "
+                "history, or `plimsoll reset` to start over",
                 reason="state_missing",
             )
         case "state_frozen":

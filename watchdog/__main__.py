@@ -69,7 +69,7 @@ async def watch(settings: Settings) -> None:
         asyncio.create_task(sweeper.run(), name="sweeper"),
         asyncio.create_task(listen(subscriber, sweeper), name="subscription"),
         asyncio.create_task(guard(sweeper, interval_seconds=settings.sweep_interval_seconds), name="guard"),
-        asyncio.create_task(keep_reconciled(store, engine), name="reconcile"),
+        asyncio.create_task(keep_reconciled(store, engine, settings), name="reconcile"),
     ]
     server = PageServer(
         uvicorn.Config(

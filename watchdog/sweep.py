@@ -105,9 +105,9 @@ class Sweeper:
                 self.last_success = time.monotonic()
                 metrics.show(self.swept)
                 result = "ok"
-            except errors.Unavailable as error:
+            except (errors.Unavailable, RedisError, OSError) as error:
                 result = "unavailable"
-                log.warning("no sweep", reason=error.detail)
+                log.warning("no sweep", reason=str(error))
             except Exception:
                 log.exception("a sweep failed")
             finally:

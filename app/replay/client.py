@@ -109,16 +109,21 @@ class ApiClient:
         """Wait until a sweep has judged the mark of ``version``; answers the seconds it took.
 
         The first question is asked when the sweep is usually done, and the next ones a millisecond apart: asking all
-        the time would take from the sweep the very processor it needs. Raises ``ReplayError`` past the deadline.
+        the time would take from the sweep the very processor it needs. A first question that comes late enough lowers
+        the estimate a little, one that comes too early raises it. Raises ``ReplayError`` past the deadline.
         """
         started_at = time.monotonic()
-        await asyncio.sleep(0.8 * self._sweep_seconds)
+        await asyncio.sleep(self._sweep_seconds)
+        questions = 0
         while True:
+            questions += 1
             asked_after_seconds = time.monotonic() - started_at
             _, swept_version = await self.versions()
             if swept_version >= version:
-                # A first question that comes late enough lowers the estimate, one that comes too early raises it.
-                self._sweep_seconds += 0.1 * (min(asked_after_seconds, 0.05) - self._sweep_seconds)
+                if questions == 1:
+                    self._sweep_seconds *= 0.97
+                else:
+                    self._sweep_seconds += 0.15 * (min(asked_after_seconds, 0.05) - self._sweep_seconds)
                 return time.monotonic() - started_at
             if asked_after_seconds > SWEEP_DEADLINE_SECONDS:
                 raise ReplayError(

@@ -60,7 +60,7 @@ class Leveraged(Trader):
         elif surplus < 0:
             yield from self.deposit(-surplus)
         yield from self.trade(self.side, max(round_quantity, _ROUND_LOT), price)
-        if self.told["free_margin"] == 0:
+        if self.told.get("free_margin") == 0:
             yield from self.withdraw(SMALLEST_UNIT)
 
     def _use_the_room(self) -> Moves:

@@ -6,6 +6,7 @@ over HTTP, against a model in a test, or by hand. All it decides follows from it
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_DOWN, ROUND_FLOOR, Decimal
@@ -85,7 +86,7 @@ class Trader:
         self.balance = Decimal(0)
         self.quantity = Decimal(0)
         self.average_price = Decimal(0)
-        self.told: dict[str, Decimal] = {}
+        self.told: defaultdict[str, Decimal] = defaultdict(Decimal)
         self.breached = False
         self.alarm_below = Decimal(0)
         self.alarm_above = Decimal("Infinity")
@@ -170,7 +171,7 @@ class Trader:
     def look(self) -> Move:
         """GET /positions/{account_id}."""
         answer = yield Request("GET", f"/positions/{self.account_id}")
-        if answer.accepted:
+        if answer.accepted and answer.body["balance"] is not None:  # null in quarantine
             held = next((item for item in answer.body["positions"] if item["symbol"] == SYMBOL), None)
             self._hear(answer.body, held or {"quantity": "0", "avg_price": "0"})
             self.breached = answer.body.get("open_breach") is not None
@@ -232,7 +233,8 @@ class Trader:
             self.quantity = Decimal(position["quantity"])
             self.average_price = Decimal(position["avg_price"] or 0)
         margins = ("equity", "used_margin", "maintenance_margin", "free_margin")
-        self.told = {name: Decimal(body[name]) for name in margins if body.get(name) is not None}
+        self.told.clear()
+        self.told.update((name, Decimal(body[name])) for name in margins if body.get(name) is not None)
         if not self.quantity or self.told.get("free_margin", Decimal(-1)) >= 0:
             self.breached = False
 
