@@ -26,6 +26,7 @@ from app.logging import configure_logging
 from app.outbox import POSTGRES_ERRORS, Outbox
 from app.reconcile import keep_reconciled
 from app.redis_client import StateStore
+from app.routes.context import Services
 
 ECHO_BYTES_MAX: Final = 128
 
@@ -42,7 +43,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
     outbox = Outbox(store, engine, settings)
     await outbox.start()
     reconciling = asyncio.create_task(keep_reconciled(store, engine, settings), name="reconcile")
-    services = api.Services(
+    services = Services(
         settings=settings,
         store=store,
         booking=Booking(store, outbox, settings),

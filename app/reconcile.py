@@ -72,7 +72,7 @@ async def needs_reconciling(store: StateStore) -> bool:
         pipeline.get(keys.STATE_RUN_ID)
         pipeline.hget(keys.STATE_EPOCH, "status")
         server, run_id, status = await pipeline.execute()
-    return status == b"ready" and (run_id or b"").decode() != server["run_id"]
+    return bool(status == b"ready" and (run_id or b"").decode() != server["run_id"])
 
 
 async def reconcile(store: StateStore, engine: AsyncEngine, settings: Settings) -> None:

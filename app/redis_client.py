@@ -223,6 +223,14 @@ class StateStore:
         elif found["appendfsync"] != "always":
             log.warning("Redis does not sync every write; a power cut may cost the last second", **found)
 
+    async def swept(self) -> tuple[int, tuple[int, int] | None]:
+        """Redis TIME in microseconds, and the version swept with the time of the newest sweep, if there was one."""
+        async with self.client.pipeline(transaction=True) as pipeline:
+            pipeline.time()
+            pipeline.hmget(STATE_SWEPT, "version", "at")
+            (seconds, microseconds), (version, at) = await pipeline.execute()
+        return seconds * 1_000_000 + microseconds, None if version is None else (int(version), int(at))
+
     async def require_state(self) -> None:
         """Raise the ``Unavailable`` that keeps this process from writing, if there is one."""
         await self.run(CHECK, [STATE_EPOCH, STATE_RUN_ID], [self.signature])

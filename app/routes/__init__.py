@@ -1,0 +1,1 @@
+"""The routes by resource; ``app/api.py`` holds those that change something and puts all together."""
