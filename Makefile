@@ -16,6 +16,9 @@ POETRY = env -u VIRTUAL_ENV -u CONDA_PREFIX POETRY_VIRTUALENVS_IN_PROJECT=true P
 PIP_INDEX := from pip._internal.commands import create_command; \
 	print(create_command('install').parse_args([])[0].index_url)
 
+# Without bytecode each of our processes would compile everything it imports, three seconds of it, at each start.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help run test check e2e environment lock clean
 
@@ -53,7 +56,7 @@ ifneq ($(MACHINE),Linux x86_64)
 	@command -v redis-server >/dev/null || echo "Plimsoll: there is no Redis wheel for $(MACHINE); a redis-server (6.2 or later) on PATH is needed."
 endif
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(POETRY) install
+	$(POETRY) install --compile
 	@touch $@
 
 $(TOOLS)/installed:

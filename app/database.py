@@ -7,8 +7,6 @@ from datetime import UTC, datetime
 from importlib import resources
 from typing import Final, TypeVar
 
-from alembic import command
-from alembic.config import Config
 from sqlalchemy import ColumnElement, make_url, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import aliased
@@ -45,6 +43,10 @@ def create_sessions(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
 
 def migrate(database_url: str, *, revision: str = "head") -> None:
     """Bring the schema to ``revision`` with Alembic, over psycopg2; ``base`` removes it."""
+    # Imported here: every start of the API and the watchdog would wait for it.
+    from alembic import command  # noqa: PLC0415
+    from alembic.config import Config  # noqa: PLC0415
+
     config = Config()
     config.set_main_option("script_location", str(resources.files("app") / "migrations"))
     config.attributes["database_url"] = make_url(database_url).set(drivername="postgresql+psycopg2")

@@ -102,9 +102,11 @@ class Run:
         return walk
 
     def differences(self, walk: Walk) -> list[str]:
-        """All that differs from what ``walk``, which has come to its end, says there must be."""
+        """All that differs from what ``walk`` says there must be; only its answers where they differ already."""
+        if walk.differences:
+            return walk.differences
         oracle = walk.oracle
-        found = [*walk.differences]
+        found: list[str] = []
         for route, rows in (
             ("trades", oracle.trades),
             ("transfers", oracle.transfers),

@@ -77,6 +77,7 @@ async def watch(settings: Settings) -> None:
             host=settings.watchdog_host,
             port=settings.watchdog_port,
             log_config=None,
+            log_level="warning",
             access_log=False,
         )
     )
@@ -86,6 +87,7 @@ async def watch(settings: Settings) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop)
+    log.info("the watchdog starts", page=f"http://{settings.watchdog_host}:{settings.watchdog_port}")
     try:
         await server.serve()
     finally:

@@ -1,0 +1,109 @@
+"""Fixtures of the acceptance tests: a desk at an API in this process, or at a whole system of processes.
+
+The ``shared_`` ones live as long as a module. Its tests keep apart by the names of their accounts, set the mark they
+need themselves, and use none of the fixtures on stores of a single test.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, closing
+from pathlib import Path
+from typing import Final, Protocol
+
+import asyncpg
+import pytest
+import pytest_asyncio
+import redis
+import redis.asyncio
+
+from app import reconcile
+from app.config import Settings
+from app.embedded import Servers, Stores
+from tests.conftest import execute, in_database
+from tests.harness import System
+from tests.integration.desk import Desk, api_in_this_process
+
+_database_numbers: Final = itertools.count(1)
+
+
+class DeskFactory(Protocol):
+    """Open the API in this process with some settings, on the test's clean stores."""
+
+    async def __call__(self, **overrides: str) -> Desk:
+        """``overrides`` are settings by their name in lower case."""
+
+
+@pytest.fixture
+async def open_desk(stores: Stores) -> AsyncIterator[DeskFactory]:
+    """A factory of desks at an API in this process."""
+    async with AsyncExitStack() as opened:
+
+        async def open_one(**overrides: str) -> Desk:
+            return Desk(await opened.enter_async_context(api_in_this_process(stores, **overrides)))
+
+        yield open_one
+
+
+@pytest.fixture
+async def desk(open_desk: DeskFactory) -> Desk:
+    """A desk at an API in this process, with the default settings. No watchdog runs."""
+    return await open_desk()
+
+
+@pytest.fixture(scope="module")
+def shared_stores(servers: Servers, template_database: str) -> Iterator[Stores]:
+    """Stores that were clean when the module began."""
+    with closing(redis.Redis.from_url(servers.redis_url)) as client:
+        client.flushall()
+    name = f"plimsoll_module_{next(_database_numbers)}"
+    execute(servers.database_url, f"CREATE DATABASE {name} TEMPLATE {template_database}")
+    stores = Stores(servers.redis_url, in_database(servers.database_url, name))
+    reconcile.migrate(Settings(redis_url=stores.redis_url, database_url=stores.database_url), stores)
+    yield stores
+    execute(servers.database_url, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_desk(shared_stores: Stores) -> AsyncIterator[Desk]:
+    """A desk at an API in this process. No watchdog runs."""
+    async with api_in_this_process(shared_stores) as client:
+        yield Desk(client)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_system(shared_stores: Stores) -> AsyncIterator[System]:
+    """One API and one watchdog as processes, with the default settings."""
+    with tempfile.TemporaryDirectory(prefix="plimsoll-") as directory:
+        running = System(shared_stores, Path(directory))
+        try:
+            watchdog = await running.start_watchdog(wait=False)
+            await running.start_api()
+            await watchdog.wait_until_ready()
+            yield running
+        finally:
+            print(running.logs())  # noqa: T201 - pytest shows it with a failure
+            await running.stop()
+
+
+@pytest.fixture(scope="module")
+def system_desk(shared_system: System) -> Desk:
+    """A desk at the API of the shared system."""
+    return Desk(shared_system.client)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_redis(shared_stores: Stores) -> AsyncIterator[redis.asyncio.Redis]:
+    """The module's own connection to Redis, answering text."""
+    async with redis.asyncio.Redis.from_url(shared_stores.redis_url, decode_responses=True) as client:
+        yield client
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_postgres(shared_stores: Stores) -> AsyncIterator[asyncpg.Connection]:
+    """The module's own connection to Postgres."""
+    connection = await asyncpg.connect(shared_stores.database_url)
+    yield connection
+    await connection.close()

@@ -1,0 +1,168 @@
+"""What a client does through REST all day, a line each, and how a test waits for what has to come."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, Final, TypeVar
+
+import httpx
+import pytest
+
+from app.config import Settings, get_settings
+from app.embedded import Stores
+from app.main import create_app
+from app.verify import verify
+
+BTC_PERP: Final = "BTC-PERP"
+POLL_SECONDS: Final = 0.01
+PAGE_ITEMS: Final = 500
+PATIENCE_SECONDS: Final = 10.0
+
+Found = TypeVar("Found")
+
+_numbers = itertools.count(1)
+
+
+class Desk:
+    """One client of one API. What a method is named for has to happen, or the test fails with the answer."""
+
+    def __init__(self, client: httpx.AsyncClient) -> None:
+        self.client = client
+
+    def new_account(self) -> str:
+        """A name that no account has yet."""
+        return f"account-{next(_numbers)}"
+
+    async def mark(self, price: str, *, confirm: bool = True) -> int:
+        """Set the mark; its version."""
+        body = {"symbol": BTC_PERP, "price": price, "confirm": confirm}
+        answer = expect(await self.client.post("/mark-price", json=body), 200)
+        return int(answer["version"])
+
+    async def deposit(self, account_id: str, amount: str, **more: str) -> dict[str, Any]:
+        """Book a deposit."""
+        return expect(await self.transfer("deposit", account_id, amount, **more), 201)
+
+    async def transfer(self, verb: str, account_id: str, amount: object, **more: str) -> httpx.Response:
+        """Ask for a ``deposit`` or to ``withdraw``."""
+        return await self.client.post(f"/accounts/{account_id}/{verb}", json={"amount": amount, **more})
+
+    async def trade(
+        self, account_id: str, side: str, quantity: str, price: str, *, symbol: str = BTC_PERP, **more: str
+    ) -> httpx.Response:
+        """Ask for a trade."""
+        body = {"account_id": account_id, "symbol": symbol, "side": side, "quantity": quantity, "price": price}
+        return await self.client.post("/trade", json={**body, **more})
+
+    async def buy(self, account_id: str, quantity: str, price: str) -> dict[str, Any]:
+        """Book a purchase."""
+        return expect(await self.trade(account_id, "buy", quantity, price), 201)
+
+    async def sell(self, account_id: str, quantity: str, price: str) -> dict[str, Any]:
+        """Book a sale."""
+        return expect(await self.trade(account_id, "sell", quantity, price), 201)
+
+    async def account(self, account_id: str) -> dict[str, Any]:
+        """``GET /positions``."""
+        return expect(await self.client.get(f"/positions/{account_id}"), 200)
+
+    async def report(self, **parameters: str) -> dict[str, Any]:
+        """``GET /margin-report``."""
+        return expect(await self.client.get("/margin-report", params=parameters), 200)
+
+    async def rows(self, route: str, **filters: str) -> list[dict[str, Any]]:
+        """Every row of a history route, over all pages, newest first."""
+        rows: list[dict[str, Any]] = []
+        cursor: dict[str, str] = {}
+        while True:
+            parameters = {"limit": str(PAGE_ITEMS), **filters, **cursor}
+            page = expect(await self.client.get(f"/{route}", params=parameters), 200)
+            rows += page["items"]
+            if page["next_cursor"] is None:
+                return rows
+            cursor = {"cursor": page["next_cursor"]}
+
+    async def breaches(self, account_id: str) -> list[dict[str, Any]]:
+        """The account's liquidation rows, newest first."""
+        return await self.rows("liquidations", account_id=account_id)
+
+    async def sweep(self, price: str) -> int:
+        """Set the mark, and wait until a watchdog has swept it; its version."""
+        version = await self.mark(price)
+        await self.swept(version)
+        return version
+
+    async def swept(self, version: int) -> None:
+        """Wait until the mark of this version has been swept: what was found is in Postgres then."""
+
+        async def is_swept() -> bool:
+            ready = (await self.client.get("/health/ready")).json()
+            return ready["swept_version"] is not None and ready["swept_version"] >= version
+
+        await eventually(is_swept, f"version {version} to be swept")
+
+
+def expect(answer: httpx.Response, status: int) -> dict[str, Any]:
+    """The document in an answer of this status; any other fails with what came."""
+    assert answer.status_code == status, f"{answer.status_code} for {status}: {answer.text}"
+    document: dict[str, Any] = answer.json()
+    return document
+
+
+def outcome(answer: httpx.Response) -> str:
+    """``booked``, ``replayed`` or ``accepted``, else the code of the problem, or ``invalid`` and the field."""
+    if answer.status_code == 201:
+        return "booked"
+    if answer.status_code == 200:
+        return "replayed" if "Idempotency-Replayed" in answer.headers else "accepted"
+    assert answer.headers["Content-Type"] == "application/problem+json", answer.text
+    problem = answer.json()
+    assert problem["status"] == answer.status_code, answer.text
+    return f"invalid {problem['field']}" if answer.status_code == 422 else str(problem["code"])
+
+
+async def eventually(
+    check: Callable[[], Awaitable[Found]], what: str, *, within_seconds: float = PATIENCE_SECONDS
+) -> Found:
+    """Ask until the answer is true, and answer it."""
+    deadline = time.monotonic() + within_seconds
+    while True:
+        found = await check()
+        if found:
+            return found
+        assert time.monotonic() < deadline, f"waited {within_seconds} s for {what}"
+        await asyncio.sleep(POLL_SECONDS)
+
+
+async def differences(stores: Stores) -> list[str]:
+    """What ``plimsoll verify`` has to say of these stores."""
+    settings = Settings(redis_url=stores.redis_url, database_url=stores.database_url)
+    return (await asyncio.to_thread(verify, settings, stores)).differences
+
+
+@asynccontextmanager
+async def api_in_this_process(stores: Stores, **overrides: str) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the application itself, lifespan and all, on these stores, without a socket in between."""
+    variables = {"redis_url": stores.redis_url, "database_url": stores.database_url, **overrides}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(f"PLIMSOLL_{name.upper()}", value)
+        get_settings.cache_clear()
+        application = create_app()
+        lifespan = application.router.lifespan_context(application)
+        state = await lifespan.__aenter__()
+    get_settings.cache_clear()
+
+    async def with_state(scope: Any, receive: Any, send: Any) -> None:  # noqa: ANN401 - ASGI
+        await application({**scope, "state": dict(state or {})}, receive, send)
+
+    try:
+        transport = httpx.ASGITransport(with_state)
+        async with httpx.AsyncClient(transport=transport, base_url="http://plimsoll") as client:
+            yield client
+    finally:
+        await lifespan.__aexit__(None, None, None)
