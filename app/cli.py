@@ -50,7 +50,8 @@ def api() -> None:
     with _plain_errors():
         import uvicorn
 
-        from app.up import base_url, say
+        from app.supervisor import say
+        from app.up import base_url
 
         settings, _stores = _located()
         say(f"the API starts on {base_url(settings.api_host, settings.api_port)}")

@@ -19,13 +19,14 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from app import errors, metrics
+from app import errors, failpoints, metrics
 from app import redis_client as keys
 from app.config import Settings
 from app.history import FencedError, HistoryEntry, write_history
 from app.redis_client import StateStore
 
 DRAIN_INTERVAL_SECONDS: Final = 0.5
+PING_INTERVAL_SECONDS: Final = 0.5
 LEFT_OVER_AGE_SECONDS: Final = 2.0
 """An entry this old in the stream is not about to be written by the process that booked it."""
 
@@ -63,6 +64,7 @@ class Outbox:
         self._waiting: list[tuple[HistoryEntry, asyncio.Future[bool]]] = []
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        self._postgres_answered = float("-inf")
         self.postgres_away = False
 
     async def start(self) -> None:
@@ -104,11 +106,18 @@ class Outbox:
         entry = f"{history_id}-0"
         return not await self._store.client.xrange(keys.OUTBOX, entry, entry)
 
+    async def check_postgres(self) -> None:
+        """As ``ping_postgres``, asking at most once in a while; what this process wrote since counts as an answer."""
+        now = asyncio.get_running_loop().time()
+        if self.postgres_away or now - self._postgres_answered > PING_INTERVAL_SECONDS:
+            await self.ping_postgres()
+
     async def ping_postgres(self) -> None:
         """Raise ``StoreUnavailable`` unless Postgres answers."""
         try:
             async with self._engine.connect() as connection:
                 await connection.exec_driver_sql("SELECT 1")
+            self._postgres_answered = asyncio.get_running_loop().time()
         except POSTGRES_ERRORS as error:
             raise errors.StoreUnavailable("Postgres did not answer", reason="postgres") from error
 
@@ -167,6 +176,7 @@ class Outbox:
                     _answer(batch, recorded=False)
                 else:
                     self.postgres_away = False
+                    self._postgres_answered = asyncio.get_running_loop().time()
                     _answer(batch, recorded=True)
 
     async def _drain_forever(self) -> None:
@@ -185,6 +195,7 @@ class Outbox:
                 log.debug("the outbox waits", error=repr(error))
 
     async def _write(self, entries: Sequence[HistoryEntry], *, epoch: int) -> None:
+        await failpoints.reach("outbox.before_postgres")
         try:
             contradicted = await write_history(self._engine, entries, epoch=epoch)
         except asyncpg.PostgresError as error:
@@ -192,6 +203,7 @@ class Outbox:
                 raise
             await self._write_one_by_one(entries, epoch=epoch)
             return
+        await failpoints.reach("outbox.after_postgres_commit")
         for entry in contradicted:
             await self._bury(entry, "a row with this id says something else")
         self._delete(entries)

@@ -231,9 +231,11 @@ class StateStore:
             (seconds, microseconds), (version, at) = await pipeline.execute()
         return seconds * 1_000_000 + microseconds, None if version is None else (int(version), int(at))
 
-    async def require_state(self) -> None:
-        """Raise the ``Unavailable`` that keeps this process from writing, if there is one."""
-        await self.run(CHECK, [STATE_EPOCH, STATE_RUN_ID], [self.signature])
+    async def require_state(self) -> tuple[int, int]:
+        """The mark version and the version swept. Raises the ``Unavailable`` that keeps this process from writing."""
+        keys = [STATE_EPOCH, STATE_RUN_ID, MARK_VERSION, STATE_SWEPT]
+        _, mark_version, swept_version = await self.run(CHECK, keys, [self.signature])
+        return int(mark_version), int(swept_version)
 
 
 def _raise_refusal(answer: Sequence[Any]) -> None:

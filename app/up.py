@@ -112,7 +112,7 @@ async def _run(settings: Settings, servers: Servers, *, demo: bool) -> None:
                 tasks = [asyncio.create_task(child.keep_running(client)) for child in (api, watchdog)]
                 tasks.append(asyncio.create_task(_keep_servers(servers)))
                 if demo and settings.demo == "on":
-                    tasks.append(asyncio.create_task(_keep_demo(api_url, settings.data_dir / "demo.json"), name="demo"))
+                    tasks.append(asyncio.create_task(_run_demo(api_url, settings.data_dir / "demo.json"), name="demo"))
                 await _first_failure(stopped, tasks)
         finally:
             for task in reversed(tasks):
@@ -160,6 +160,12 @@ async def _first_failure(stopped: asyncio.Event, tasks: list[asyncio.Task[None]]
             task.result()
 
 
+async def _run_demo(api_url: str, state_file: Path) -> None:
+    from app.demo import run_demo  # noqa: PLC0415 - only where the demo runs
+
+    await run_demo(api_url, state_file=state_file)
+
+
 async def _keep_servers(servers: Servers) -> None:
     """Start an embedded server again that has exited, as Redis does when it cannot write its file."""
     backoff_seconds = STORE_INTERVAL_SECONDS
@@ -174,22 +180,6 @@ async def _keep_servers(servers: Servers) -> None:
             backoff_seconds = STORE_INTERVAL_SECONDS
             for name in restarted:
                 say(f"{name} had exited and was started again")
-
-
-async def _keep_demo(api_url: str, state_file: Path) -> None:
-    """Run the demo market until it stops for good; after a failure, again."""
-    from app.demo import run_demo  # noqa: PLC0415 - only where the demo runs
-
-    backoff_seconds = 1.0
-    while True:
-        try:
-            await run_demo(api_url, state_file=state_file)
-        except httpx.HTTPError as error:
-            say(f"the demo failed ({type(error).__name__}: {error}); again in {backoff_seconds:g} s")
-            await asyncio.sleep(backoff_seconds)
-            backoff_seconds = min(2 * backoff_seconds, BACKOFF_SECONDS_MAX)
-        else:
-            return
 
 
 def _welcome(servers: Servers, api_url: str, watchdog_url: str, settings: Settings) -> None:

@@ -16,7 +16,7 @@ from typing import Final, Literal
 import numpy as np
 import structlog
 
-from app import errors
+from app import errors, failpoints
 from app import redis_client as keys
 from app.booking import Booking
 from app.columns import Chunk, ScreenedChunk, account_names
@@ -144,6 +144,7 @@ class BreachBook:
                 liquidation_id=judged.breach,
                 cause="the mark",
             )
+        await failpoints.reach("breach.verdict")
         answer = await self._store.run(
             keys.BREACH,
             [

@@ -16,7 +16,7 @@ from typing import Final
 import structlog
 from redis.exceptions import RedisError
 
-from app import errors
+from app import errors, failpoints
 from app import redis_client as keys
 from app.booking import Booking
 from app.columns import Chunk, Marks, ScreenedChunk, Sums, Totals, quarantined_slots, read_chunk, read_marks, screen
@@ -127,6 +127,9 @@ class Sweeper:
 
     async def _sweep(self) -> Swept:
         started = time.monotonic()
+        await failpoints.reach("sweep.slow")
+        await failpoints.reach("sweep.wedge")
+        failpoints.block("loop.block")
         quarantined, without_slot = await quarantined_slots(self._store.client)
         tally = _Tally()
         marks = await self._adopted_marks()

@@ -99,8 +99,13 @@ class ApiClient:
                 return attempts
 
     async def versions(self) -> tuple[int, int]:
-        """The newest mark version and the newest that a sweep has judged; 0 where there is none."""
+        """The newest mark version and the newest that a sweep has judged; 0 where there is none.
+
+        Raises ``ReplayError`` when the API does not say.
+        """
         answer = (await self._attempt(Request("GET", "/health/ready")))[0].answer
+        if answer.status == 0:
+            raise ReplayError(f"the API does not answer ({_detail(answer)}); is it running, and is --api right?")
         if "mark_version" not in answer.body:
             raise ReplayError(f"GET /health/ready: {_detail(answer)}")
         return int(answer.body["mark_version"] or 0), int(answer.body["swept_version"] or 0)
@@ -118,7 +123,12 @@ class ApiClient:
         while True:
             questions += 1
             asked_after_seconds = time.monotonic() - started_at
-            _, swept_version = await self.versions()
+            try:
+                _, swept_version = await self.versions()
+            except ReplayError:
+                if asked_after_seconds > SWEEP_DEADLINE_SECONDS:
+                    raise
+                swept_version = 0  # A restart of the API is waited for here as elsewhere.
             if swept_version >= version:
                 if questions == 1:
                     self._sweep_seconds *= 0.97

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-
 from fastapi import APIRouter, Response
 from fastapi.responses import RedirectResponse
 from prometheus_client import CONTENT_TYPE_LATEST
-from redis.exceptions import RedisError
 
 from app import errors, metrics, schemas
-from app import redis_client as keys
 from app.routes.context import ServicesDependency, json_response
 
 router = APIRouter()
@@ -33,22 +29,14 @@ async def get_ready(to: ServicesDependency) -> Response:
     """Whether trades can be booked, with the mark version and the version swept."""
     missing: list[str] = []
     mark_version = swept_version = None
-    checks: dict[str, Callable[[], Awaitable[object]]] = {
-        "state": to.store.require_state,
-        "postgres": to.booking.outbox.ping_postgres,
-    }
     try:
-        mark_version = int(await to.store.client.get(keys.MARK_VERSION) or 0)
-        _, swept = await to.store.swept()
-        swept_version = 0 if swept is None else swept[0]
-    except (RedisError, OSError):
-        missing.append("redis")
-        del checks["state"]
-    for name, check in checks.items():
-        try:
-            await check()
-        except errors.Unavailable as error:
-            missing.append(name if name == "postgres" else str(error.members.get("reason", error.code)))
+        mark_version, swept_version = await to.store.require_state()
+    except errors.Unavailable as error:
+        missing.append(str(error.members.get("reason", error.code)))
+    try:
+        await to.booking.outbox.check_postgres()
+    except errors.StoreUnavailable:
+        missing.append("postgres")
     status = "not ready" if missing else "ready"
     content = schemas.Readiness(status=status, mark_version=mark_version, swept_version=swept_version, missing=missing)
     return json_response(content.model_dump(), 503 if missing else 200)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from decimal import Decimal
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from pydantic import ValidationError
 from app.config import Settings, get_settings
 from app.contracts import BTC_PERP, Contract
 from tests.unit.cast import ETH_PERP
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 VARIABLES: dict[str, tuple[str, object]] = {
     "PLIMSOLL_REDIS_URL": ("redis://redis:6379/1", "redis://redis:6379/1"),
@@ -39,6 +42,7 @@ VARIABLES: dict[str, tuple[str, object]] = {
     "PLIMSOLL_OUTBOX_HARD_LIMIT": ("20", 20),
     "PLIMSOLL_OUTBOX_BATCH_ROWS": ("5", 5),
     "PLIMSOLL_OPERATION_TTL_SECONDS": ("60", 60),
+    "PLIMSOLL_ALLOW_UNSAFE_REDIS": ("true", True),
 }
 
 
@@ -147,3 +151,18 @@ def test_a_process_reads_its_environment_once(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("PLIMSOLL_API_PORT", "9001")
     assert get_settings().api_port == 9000
     get_settings.cache_clear()
+
+
+def test_every_variable_is_documented_and_no_other() -> None:
+    if not DOCUMENT.exists():
+        pytest.skip("not a whole checkout")
+    documented = re.findall(r"^\| `(PLIMSOLL_\w+)`", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(documented) == sorted(VARIABLES)
+
+
+def test_the_contracts_of_the_documentation_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not DOCUMENT.exists():
+        pytest.skip("not a whole checkout")
+    (example,) = re.findall(r"```json\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.setenv("PLIMSOLL_CONTRACTS", example)
+    assert [contract.symbol for contract in Settings().contracts] == ["BTC-PERP", "ETH-PERP"]

@@ -1,0 +1,135 @@
+"""The Lua scripts, read as text: keys come in KEYS, money is never computed with, checks come before writes."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+
+import pytest
+
+from app import redis_client
+from app.redis_client import Script
+
+FOLDER = resources.files("app") / "scripts"
+SCRIPTS = {
+    path.name.removesuffix(".lua"): "\n".join(
+        re.sub(r"--.*", "", line) for line in path.read_text(encoding="utf-8").splitlines()
+    )
+    for path in FOLDER.iterdir()
+    if path.name.endswith(".lua")
+}
+"""The sources by name, without their comments."""
+
+WITHOUT_KEY = {"INFO", "TIME", "PUBLISH"}
+READS = {"GET", "GETRANGE", "HGET", "HGETALL", "HLEN", "HMGET", "TYPE", "XLEN", *WITHOUT_KEY}
+WRITES = {"DEL", "EXPIRE", "HDEL", "HSET", "INCR", "INCRBY", "RPUSH", "SET", "SETRANGE", "XADD", "XDEL"}
+
+KEY_PARAMETERS = r"(?:\w+_)?key"
+"""What a local function calls the key it is handed."""
+
+CALLS = r"redis\.call\('(\w+)'(?:,\s*((?:[^(),]|\((?:[^()]|\([^()]*\))*\))+))?"
+
+
+def calls(source: str) -> list[tuple[str, str]]:
+    """Every command with its first argument."""
+    return [(command, first.strip()) for command, first in re.findall(CALLS, source)]
+
+
+def test_the_scripts_are_those_that_redis_client_names() -> None:
+    named = {item.name for item in vars(redis_client).values() if isinstance(item, Script)}
+    assert named == set(SCRIPTS) - {"guard"}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_key_a_script_touches_comes_in_keys(name: str) -> None:
+    found = calls(SCRIPTS[name])
+    assert len(found) == SCRIPTS[name].count("redis.call(")
+    for command, first in found:
+        if command not in WITHOUT_KEY:
+            assert re.fullmatch(rf"KEYS\[[^\]]+\]|{KEY_PARAMETERS}", first), f"{name}: {command} {first}"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_local_function_is_handed_its_keys_out_of_keys(name: str) -> None:
+    """A parameter called ``..._key`` or ``key`` is one: whoever calls the function passes an element of KEYS."""
+    defined = {
+        function: [parameter.strip() for parameter in parameters.split(",")]
+        for source in {SCRIPTS["guard"], SCRIPTS[name]}
+        for function, parameters in re.findall(r"local function (\w+)\(([^)]*)\)", source)
+    }
+    for function, parameters in defined.items():
+        for arguments in re.findall(rf"(?<!function )\b{function}\(([^()]*(?:\([^()]*\)[^()]*)*)\)", SCRIPTS[name]):
+            passed = [argument.strip() for argument in re.split(r",(?![^\[]*\])", arguments)]
+            for parameter, argument in zip(parameters, passed, strict=False):
+                if re.fullmatch(KEY_PARAMETERS, parameter):
+                    assert re.fullmatch(rf"KEYS\[[^\]]+\]|{KEY_PARAMETERS}", argument), f"{name}: {function}({argument})"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_command_is_known_to_read_or_to_write(name: str) -> None:
+    assert {command for command, _ in calls(SCRIPTS[name])} <= READS | WRITES
+
+
+@pytest.mark.parametrize("name", sorted(set(SCRIPTS) - {"guard"}))
+def test_a_script_that_writes_asks_the_guard_first(name: str) -> None:
+    source = SCRIPTS[name]
+    written = [found.start() for found in re.finditer(rf"redis\.call\('(?:{'|'.join(WRITES)})'", source)]
+    script = getattr(redis_client, name.upper())
+    assert script.writes is bool(written or "append_history(" in source)
+    refusal = source.index("refusal(KEYS[1], KEYS[2], ARGV[1])")
+    assert all(refusal < position for position in written)
+
+
+@pytest.mark.parametrize("name", ["breach", "commit", "mark", "swept"])
+def test_nothing_is_refused_any_more_once_a_script_has_begun_to_write(name: str) -> None:
+    """Scripts do not roll back, so no refusal may follow the first write."""
+    source = SCRIPTS[name]
+    first_write = min(
+        found.start() for found in re.finditer(rf"redis\.call\('(?:{'|'.join(WRITES)})'|append_history\(", source)
+    )
+    answers = re.findall(r"return \{'(\w+)'", source[first_write:])
+    assert answers == ["ok"]
+    for read in ("wrong_type(", "record_is(", "next_history_id("):
+        assert read not in source[first_write:]
+
+
+NUMBERS_THAT_ARE_NO_MONEY = {
+    "breach": {"4"},  # mark version
+    "commit": {"5", "17"},  # outbox limit, number of fields
+    "refresh": {"2", "i"},  # number of columns, slot
+    "swept": {"2"},  # version
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_no_script_makes_a_number_of_an_amount(name: str) -> None:
+    converted = set(re.findall(r"(?:tonumber|integer_of)\(ARGV\[(\w+)\]\)", SCRIPTS[name]))
+    assert converted <= NUMBERS_THAT_ARE_NO_MONEY.get(name, set())
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_no_script_does_arithmetic_on_what_it_is_given(name: str) -> None:
+    """Lua would take a text for a number without being asked."""
+    source = SCRIPTS[name]
+    assert not re.search(r"ARGV\[[^\]]*\]\s*(?:[-+*/%^]|<|>)", source)
+    assert not re.search(r"(?:[-+*/%^<>])\s*ARGV\[", source)
+    assert not re.search(r"redis\.call\('\w*GET\w*'[^)]*\)\s*[-+*/%^]", source)
+    assert "BYFLOAT" not in source
+
+
+def test_commands_that_add_are_used_on_counters_only() -> None:
+    """Key 9 of a breach and 14 of a commit are counters of breaches, ``key + 2`` counts the accounts that are open."""
+    added = {
+        (name, command, first) for name in SCRIPTS for command, first in calls(SCRIPTS[name]) if "INCR" in command
+    }
+    assert added == {
+        ("breach", "INCR", "KEYS[9]"),
+        ("commit", "INCR", "KEYS[14]"),
+        ("commit", "INCRBY", "KEYS[at + 2]"),
+    }
+
+
+def test_the_source_that_redis_gets_starts_with_the_guard() -> None:
+    assert redis_client.COMMIT.text.startswith((FOLDER / "guard.lua").read_text(encoding="utf-8"))
+    assert len(redis_client.COMMIT.sha) == 40
+    assert len({script.sha for script in vars(redis_client).values() if isinstance(script, Script)}) == len(SCRIPTS) - 1
