@@ -291,6 +291,7 @@ class Booking:
             raise errors.IdempotencyConflict(
                 "this operation id was used with other content; send a new id, or the first content again",
                 first=first,
+                next={"resend": "the same request with a new operation id, or without one"},
                 **identity,
             )
         answer = answers.operation_answer(
@@ -299,7 +300,7 @@ class Booking:
             history_id=int(history_id),
             time_us=int(time_us),
             row=row,
-            recorded=await self.outbox.is_recorded(int(history_id)),
+            recorded=await self.outbox.is_recorded(kind, int(history_id)),
         )
         return Booked("replayed", answer)
 

@@ -99,8 +99,7 @@ def migrate() -> None:
 @app.command()
 def verify() -> None:
     """Recompute every account from its history and compare it with Redis, to the last digit."""
-    with _plain_errors():
-        settings, stores = _located()
+    with _plain_errors(), _maintained() as (settings, stores):
         from app.verify import verify as compare
 
         found = compare(settings, stores)
@@ -115,8 +114,7 @@ def verify() -> None:
 @app.command()
 def rebuild() -> None:
     """Restore Redis from Postgres alone: balances, positions, open breaches, operation ids. Marks start missing."""
-    with _plain_errors():
-        settings, stores = _located()
+    with _plain_errors(), _maintained() as (settings, stores):
         from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
         from app.rebuild import rebuild as restore
@@ -132,8 +130,7 @@ def reset(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Empty both stores: every account, position, mark and row of history."""
-    with _plain_errors():
-        settings, stores = _located()
+    with _plain_errors(), _maintained() as (settings, stores):
         from app import reconcile
 
         if not yes:
@@ -191,6 +188,28 @@ def _settings() -> Settings:
     from app.config import get_settings
 
     return get_settings()
+
+
+@contextmanager
+def _maintained() -> Iterator[tuple[Settings, Stores]]:
+    """The stores for one command; the embedded ones of a ``DATA_DIR`` that is not up are started for its time."""
+    from app.config import get_settings
+    from app.embedded import StoresNotFound, start_servers
+
+    servers = None
+    try:
+        located = _located()
+    except StoresNotFound:
+        settings = get_settings()
+        if not (settings.data_dir / "servers.json").exists():
+            raise
+        servers = start_servers(settings.data_dir, settings.redis_server)
+        located = (settings, servers.stores)
+    try:
+        yield located
+    finally:
+        if servers is not None:
+            servers.stop()
 
 
 def _located() -> tuple[Settings, Stores]:

@@ -6,7 +6,7 @@ comes with the marks and the mark version in one MULTI, so that no row is torn a
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Final
@@ -63,6 +63,12 @@ class Chunk:
             if column[index] or self.cost[symbol][index]
         }
         return Account(account_id, from_units(int(self.balance[index])), positions)
+
+    def readable(self, quarantined: Iterable[int]) -> Flags:
+        """Which rows are of accounts whose keys can be read: all but those in the slots ``quarantined``."""
+        flags = np.ones(len(self), dtype=np.bool_)
+        flags[[slot - self.first_slot for slot in quarantined if 0 <= slot - self.first_slot < len(self)]] = False
+        return flags
 
     def packed_row(self, index: int) -> bytes:
         """The row as it lies in the balance, quantity and cost columns, one after the other."""

@@ -15,6 +15,7 @@ from typing import Any, Final
 import asyncpg
 import structlog
 from redis.exceptions import RedisError
+from sqlalchemy import select
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -23,12 +24,16 @@ from app import errors, failpoints, metrics
 from app import redis_client as keys
 from app.config import Settings
 from app.history import FencedError, HistoryEntry, write_history
+from app.models import HISTORY
 from app.redis_client import StateStore
 
 DRAIN_INTERVAL_SECONDS: Final = 0.5
 PING_INTERVAL_SECONDS: Final = 0.5
 LEFT_OVER_AGE_SECONDS: Final = 2.0
 """An entry this old in the stream is not about to be written by the process that booked it."""
+
+FENCED_ATTEMPTS_MAX: Final = 10
+FENCED_PAUSE_SECONDS: Final = 0.05
 
 POISON_CLASSES: Final = ("22", "23")
 """SQLSTATE classes of a row that Postgres can never take: data exceptions and integrity violations."""
@@ -101,10 +106,16 @@ class Outbox:
             self._open_breaker("no answer in time")
         return not late and all(answer.result() for answer in done)
 
-    async def is_recorded(self, history_id: int) -> bool:
-        """Whether the row is in Postgres: written rows leave the stream."""
-        entry = f"{history_id}-0"
-        return not await self._store.client.xrange(keys.OUTBOX, entry, entry)
+    async def is_recorded(self, kind: str, history_id: int) -> bool:
+        """Whether the row is in Postgres; False where that cannot be said now."""
+        if self.postgres_away:
+            return False
+        model = HISTORY[kind]
+        try:
+            async with self._engine.connect() as connection:
+                return await connection.scalar(select(model.id).where(model.id == history_id)) is not None
+        except POSTGRES_ERRORS:
+            return False
 
     async def check_postgres(self) -> None:
         """As ``ping_postgres``, asking at most once in a while; what this process wrote since counts as an answer."""
@@ -133,12 +144,13 @@ class Outbox:
         age_us = seconds * 1_000_000 + microseconds - int(oldest[0][1][b"time"])
         return OutboxState(entries=length, oldest_age_seconds=max(0.0, age_us / 1_000_000))
 
-    async def drain(self, *, older_than_seconds: float = 0.0) -> int:
-        """Write the entries in the stream that are old enough, in stream order; answer how many.
+    async def drain(self, *, older_than_seconds: float = 0.0) -> set[int]:
+        """Write the entries in the stream that are old enough, in stream order; answer their ids.
 
         Raises Postgres' errors and Redis'.
         """
-        written, after = 0, "-"
+        written: set[int] = set()
+        after = "-"
         while True:
             async with self._store.client.pipeline(transaction=True) as pipeline:
                 pipeline.hget(keys.STATE_EPOCH, "epoch")
@@ -154,7 +166,7 @@ class Outbox:
             if not entries:
                 return written
             await self._write(entries, epoch=int(epoch or 0))
-            written += len(entries)
+            written |= {entry.id for entry in entries}
             after = f"({entries[-1].id}-0"
 
     async def _write_forever(self) -> None:
@@ -167,17 +179,41 @@ class Outbox:
                 # A row of an older epoch may be one that Redis has lost since: only the drain, which reads what Redis
                 # holds now, may still write it.
                 epoch = batch[-1][0].epoch
-                _answer([item for item in batch if item[0].epoch != epoch], recorded=False)
+                older = [item for item in batch if item[0].epoch != epoch]
+                if older:
+                    await self._write_again(older)
                 batch = [item for item in batch if item[0].epoch == epoch]
                 try:
-                    await self._write([entry for entry, _ in batch], epoch=epoch)
-                except (*POSTGRES_ERRORS, FencedError, errors.PlimsollError, RedisError) as error:
+                    buried = await self._write([entry for entry, _ in batch], epoch=epoch)
+                except FencedError:
+                    metrics.HISTORY_FENCED.inc()
+                    await self._write_again(batch)
+                except (*POSTGRES_ERRORS, errors.PlimsollError, RedisError) as error:
                     self._open_breaker(repr(error))
                     _answer(batch, recorded=False)
                 else:
                     self.postgres_away = False
                     self._postgres_answered = asyncio.get_running_loop().time()
+                    _answer([item for item in batch if item[0].id in buried], recorded=False)
                     _answer(batch, recorded=True)
+
+    async def _write_again(self, batch: Sequence[tuple[HistoryEntry, asyncio.Future[bool]]]) -> None:
+        """Write those rows of a fenced batch that Redis still holds, in its new epoch.
+
+        Postgres is not away. A row that stayed in Redis alone until it is old enough to be drained would have been
+        acknowledged in one store only, and be gone with the next power cut.
+        """
+        written: set[int] = set()
+        for _ in range(FENCED_ATTEMPTS_MAX):
+            # Redis hears of a new epoch right after Postgres.
+            await asyncio.sleep(FENCED_PAUSE_SECONDS)
+            try:
+                written = await self.drain()
+                break
+            except (*POSTGRES_ERRORS, FencedError, errors.PlimsollError, RedisError) as error:
+                log.debug("fenced rows wait", error=repr(error))
+        for item in batch:
+            _answer([item], recorded=item[0].id in written)
 
     async def _drain_forever(self) -> None:
         while True:
@@ -194,27 +230,29 @@ class Outbox:
             except (*POSTGRES_ERRORS, errors.PlimsollError, RedisError) as error:
                 log.debug("the outbox waits", error=repr(error))
 
-    async def _write(self, entries: Sequence[HistoryEntry], *, epoch: int) -> None:
+    async def _write(self, entries: Sequence[HistoryEntry], *, epoch: int) -> set[int]:
+        """Record ``entries`` and take them out of the stream; answers the ids of those that had to be put aside."""
         await failpoints.reach("outbox.before_postgres")
         try:
             contradicted = await write_history(self._engine, entries, epoch=epoch)
         except asyncpg.PostgresError as error:
             if not (error.sqlstate or "").startswith(POISON_CLASSES):
                 raise
-            await self._write_one_by_one(entries, epoch=epoch)
-            return
+            return await self._write_one_by_one(entries, epoch=epoch)
         await failpoints.reach("outbox.after_postgres_commit")
         for entry in contradicted:
             await self._bury(entry, "a row with this id says something else")
         self._delete(entries)
+        return {entry.id for entry in contradicted}
 
     def _delete(self, entries: Sequence[HistoryEntry]) -> None:
         """Take recorded rows out of the stream. Nobody waits: a row that stays is drained, which changes nothing."""
         deleted = self._store.batcher.execute("XDEL", keys.OUTBOX, *(f"{entry.id}-0" for entry in entries))
         deleted.add_done_callback(lambda answer: answer.cancelled() or answer.exception())
 
-    async def _write_one_by_one(self, entries: Sequence[HistoryEntry], *, epoch: int) -> None:
-        """Let the rows that Postgres takes flow, and put those it can never take aside."""
+    async def _write_one_by_one(self, entries: Sequence[HistoryEntry], *, epoch: int) -> set[int]:
+        """Let the rows that Postgres takes flow, and put those it can never take aside; answers their ids."""
+        buried = set()
         for entry in entries:
             try:
                 contradicted = await write_history(self._engine, [entry], epoch=epoch)
@@ -222,10 +260,13 @@ class Outbox:
                 if not (error.sqlstate or "").startswith(POISON_CLASSES):
                     raise
                 await self._bury(entry, str(error))
+                buried.add(entry.id)
             else:
                 if contradicted:
                     await self._bury(entry, "a row with this id says something else")
+                    buried.add(entry.id)
             self._delete([entry])
+        return buried
 
     async def _bury(self, entry: HistoryEntry, reason: str) -> None:
         """Keep a row that Postgres cannot take in the dead-letter stream, and say so."""

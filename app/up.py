@@ -184,7 +184,8 @@ async def _keep_servers(servers: Servers) -> None:
 
 def _welcome(servers: Servers, api_url: str, watchdog_url: str, settings: Settings) -> None:
     """What runs where, and lines to paste."""
-    deposit = ["curl", "-s", f"{api_url}/accounts/alice/deposit", "--json", '{"amount": "10000"}']
+    deposit = ["curl", "-s", f"{api_url}/accounts/alice/deposit"]
+    deposit += ["-H", "content-type: application/json", "-d", '{"amount": "10000"}']
     typer.echo(
         f"""
 Plimsoll is up.

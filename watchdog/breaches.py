@@ -81,8 +81,7 @@ class BreachBook:
         """Judge every row that the screen lets through, and record what changed."""
         settled = Settled()
         in_breach = chunk.breach != 0
-        readable = np.ones(len(chunk), dtype=np.bool_)
-        readable[[slot - chunk.first_slot for slot in quarantined if 0 <= slot - chunk.first_slot < len(chunk)]] = False
+        readable = chunk.readable(quarantined)
         # An open breach of a clear candidate changes nothing, so that verdict needs no second look.
         unchanged = readable & in_breach & screened.surely_candidate
         settled.candidates += int(unchanged.sum())

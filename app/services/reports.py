@@ -251,11 +251,10 @@ class _Rows:
             quarantined=len(self._source.quarantined) + len(self._source.quarantined_without_slot),
         )
         readable = -len(self._source.quarantined)
-        for start, chunk, screened in zip(self._starts, self._source.chunks, self._screened, strict=True):
+        for chunk, screened in zip(self._source.chunks, self._screened, strict=True):
             sums.add(chunk)
             readable += len(chunk)
-            known = np.ones(len(chunk), dtype=np.bool_)
-            known[[slot - start for slot in self._source.quarantined if 0 <= slot - start < len(chunk)]] = False
+            known = chunk.readable(self._source.quarantined)
             in_breach = chunk.breach != 0
             states["recovering"] += int((known & in_breach).sum())
             states["negative_equity"] += int((known & ~in_breach & ~screened.is_open & (chunk.balance < 0)).sum())
@@ -290,6 +289,8 @@ class _Rows:
 
     def _by_slot(self, request: ReportRequest) -> Sequence[int]:
         first = 0 if request.cursor is None else int(request.cursor) + 1
+        if first < 0:
+            raise ValueError(request.cursor)
         return range(first, sum(len(chunk) for chunk in self._source.chunks))
 
     def _by_margin_ratio(self, request: ReportRequest) -> Sequence[int]:

@@ -262,6 +262,7 @@ def decide_transfer(account: Account, order: TransferOrder, market: Market) -> T
             f"the balance would be {format_decimal(after.balance)}, above {AMOUNT_LIMIT:f}",
             required=after.balance,
             available=AMOUNT_LIMIT,
+            next=errors.deposit_step(order.account_id, room) if (room := AMOUNT_LIMIT - account.balance) > 0 else None,
         )
     if any(symbol not in market.marks for symbol in account.positions):
         return TransferDecision(account=after, margin=None)
@@ -326,6 +327,8 @@ def _require_fresh_marks(account: Account, traded: str | None, market: Market) -
                 f"the mark of {symbol} is {age_us / 1_000_000:.3f} s old, "
                 f"more than {market.mark_max_age_seconds} s; only reductions pass",
                 symbol=symbol,
+                required=f"at most {market.mark_max_age_seconds} s",
+                available=f"{age_us / 1_000_000:.3f} s",
                 next=errors.mark_step(symbol, mark.price),
             )
 
