@@ -105,8 +105,8 @@ def _booked(booked: Booked) -> Response:
 )
 async def get_positions(account_id: AccountPath, to: ServicesDependency) -> Response:
     """One account, computed from its record and the live marks."""
-    snapshot = await to.booking.read(account_id)
     try:
+        snapshot = await to.booking.read(account_id)
         account = to.booking.parse(snapshot)
     except errors.AccountQuarantined:
         return json_response({**reports.quarantined_summary(account_id), "positions": []})

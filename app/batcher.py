@@ -75,6 +75,9 @@ class Batcher:
             _fail([answer for _, answer in batch], NotSentError(str(error)))
             self._fail_waiting(str(error))
             return
+        except BaseException as error:
+            _fail([answer for _, answer in batch], NotSentError(repr(error)))
+            raise
         unanswered = deque(answer for _, answer in batch)
         try:
             async with asyncio.timeout(self._timeout_seconds):
@@ -93,6 +96,11 @@ class Batcher:
             await connection.disconnect(nowait=True)
             _fail(unanswered, RedisTimeoutError(str(error) or "no answer in time"))
             self._fail_waiting(str(error) or "Redis does not answer")
+        except BaseException as error:
+            # Our mistake, or the end of the loop: whoever waits must hear of it all the same.
+            await connection.disconnect(nowait=True)
+            _fail(unanswered, RedisTimeoutError(f"the call failed: {error!r}"))
+            raise
         finally:
             await self._pool.release(connection)
 

@@ -125,7 +125,7 @@ class Booking:
                 },
             )
 
-        operation = keys.operation_key(order.kind, order.account_id, operation_id)
+        operation = keys.operation_key("transfer", order.account_id, operation_id)
         identity = {"client_transfer_id": operation_id}
         return await self._book("transfer", order.account_id, operation, identity, content, decide)
 
@@ -216,7 +216,23 @@ class Booking:
         content: Mapping[str, str],
         decide: Callable[[Account, Market], _Change],
     ) -> Booked:
-        """Read, decide, commit, until the account held still; ``identity`` names the operation in an error."""
+        """Book an operation once; a fault on the way carries ``identity``, by which its outcome can be asked for."""
+        try:
+            return await self._attempt(kind, account_id, operation, identity, content, decide)
+        except errors.Unavailable as error:
+            error.members.update(identity)
+            raise
+
+    async def _attempt(
+        self,
+        kind: answers.RowKind,
+        account_id: str,
+        operation: str,
+        identity: Mapping[str, str],
+        content: Mapping[str, str],
+        decide: Callable[[Account, Market], _Change],
+    ) -> Booked:
+        """Read, decide, commit, until the account held still."""
         for _ in range(ATTEMPTS_MAX):
             snapshot = await self.read(account_id, operation=operation)
             if snapshot.operation:
@@ -235,10 +251,7 @@ class Booking:
                     continue
             market = self.market(snapshot)
             change = decide(account, market)
-            try:
-                committed = await self._commit(snapshot, account, change, operation=operation, market=market)
-            except errors.OutcomeUnknown as error:
-                raise errors.OutcomeUnknown(error.detail, reason="redis", **identity) from error
+            committed = await self._commit(snapshot, account, change, operation=operation, market=market)
             if isinstance(committed, bytes):
                 return await self._replayed(kind, account_id, committed, content, identity)
             if committed is None:
@@ -246,7 +259,7 @@ class Booking:
                 continue
             recorded = await self.outbox.record(committed)
             if not recorded:
-                await self._require_booked(operation, committed[0].id, identity)
+                await self._require_booked(operation, committed[0].id)
             answer = answers.operation_answer(
                 kind,
                 account_id,
@@ -256,11 +269,9 @@ class Booking:
                 recorded=recorded,
             )
             return Booked("booked", answer)
-        raise errors.Contended(
-            f"account {account_id} changed under {ATTEMPTS_MAX} attempts", reason="contended", **identity
-        )
+        raise errors.Contended(f"account {account_id} changed under {ATTEMPTS_MAX} attempts", reason="contended")
 
-    async def _require_booked(self, operation: str, history_id: int, identity: Mapping[str, str]) -> None:
+    async def _require_booked(self, operation: str, history_id: int) -> None:
         """Before a row that Postgres has not taken is acknowledged: Redis must still know it.
 
         A Redis that came back without its last writes does not, and then nobody does.
@@ -272,7 +283,6 @@ class Booking:
             raise errors.OutcomeUnknown(
                 "the row is not in history yet and Redis cannot vouch for it; ask for the operation id",
                 reason="outcome_unknown",
-                **identity,
             )
 
     async def _replayed(
@@ -284,9 +294,14 @@ class Booking:
         identity: Mapping[str, str],
     ) -> Booked:
         """The first result of an operation id, if it was used for the same content."""
-        history_id, time_us, body = operation.split(b"\n", 2)
-        row = orjson.loads(body)
-        first = answers.content_of(kind, row)
+        try:
+            history_id, time_us, body = operation.split(b"\n", 2)
+            row = orjson.loads(body)
+            first = answers.content_of(kind, row)
+        except (ValueError, KeyError, TypeError) as error:
+            raise errors.StateDamaged(
+                "what is remembered of this operation id cannot be read", reason="operation"
+            ) from error
         if first != content:
             raise errors.IdempotencyConflict(
                 "this operation id was used with other content; send a new id, or the first content again",

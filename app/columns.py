@@ -7,14 +7,15 @@ comes with the marks and the mark version in one MULTI, so that no row is torn a
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 from redis.asyncio import Redis
 
+from app import errors
 from app import redis_client as keys
 from app.contracts import Contract
 from app.numbers import UNITS_PER_ONE, exact, from_units
@@ -25,7 +26,7 @@ from app.services.trading import Account, Position
 
 INT64: Final = np.dtype("<i8")
 ROUNDING_ERROR_RELATIVE: Final = 2.0**-48
-"""More than float64 can lose, relative to the sum of what was added up: some ten roundings of 2**-53 each."""
+"""More than float64 can lose in one symbol, relative to the sum of what was added up: ten roundings of 2**-53 or so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +34,23 @@ class Marks:
     """The marks one read found: price by symbol, when each was accepted in microseconds, and their version.
 
     ``by_hand`` names those that were set by hand and have no version yet: a sweep adopts them before it judges.
+    ``read_at_us`` is Redis TIME and ``epoch`` the state's epoch at the moment of the read.
     """
 
     prices: Mapping[str, Decimal]
     timestamps_us: Mapping[str, int]
     version: int
     by_hand: tuple[str, ...]
+    read_at_us: int = 0
+    epoch: str = ""
+
+    def fresh(self, max_age_seconds: float | None) -> Marks:
+        """Without those older than ``max_age_seconds``: nothing is breached on a stale mark."""
+        if max_age_seconds is None:
+            return self
+        oldest_us = self.read_at_us - max_age_seconds * 1_000_000
+        prices = {symbol: price for symbol, price in self.prices.items() if self.timestamps_us[symbol] >= oldest_us}
+        return replace(self, prices=prices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +200,7 @@ def screen(chunk: Chunk, contracts: Mapping[str, Contract], *, restore_at: str) 
         exposure = exposure + here
         magnitude = magnitude + here.notional + np.abs(cost)
     valued = AccountMargin(balance=balance, exposure=exposure)
-    equity, room = valued.equity, magnitude * ROUNDING_ERROR_RELATIVE
+    equity, room = valued.equity, magnitude * (ROUNDING_ERROR_RELATIVE * len(contracts))
     maintenance = exposure.maintenance_margin
     restore = exposure.used_margin if restore_at == "initial" else maintenance
     known, in_breach = ~unvalued, chunk.breach != 0
@@ -210,8 +222,8 @@ async def read_marks(client: Redis, contracts: Mapping[str, Contract]) -> Marks:
     """The marks as they are now."""
     async with client.pipeline(transaction=True) as pipeline:
         _ask_for_marks(pipeline, list(contracts))
-        texts, *accepted = await pipeline.execute()
-    return _marks_from(texts, accepted, contracts)
+        answer = await pipeline.execute()
+    return _marks_from(answer, contracts)
 
 
 async def read_chunk(client: Redis, first_slot: int, count: int, contracts: Mapping[str, Contract]) -> Chunk:
@@ -226,7 +238,7 @@ async def read_chunk(client: Redis, first_slot: int, count: int, contracts: Mapp
         for column in columns:
             pipeline.getrange(column, first_slot * UNIT.size, (first_slot + count) * UNIT.size - 1)
         answer = await pipeline.execute()
-    accounts, *packed_columns = answer[1 + len(symbols) :]
+    accounts, *packed_columns = answer[_MARK_ANSWERS + len(symbols) :]
     rows = max(0, min(count, int(accounts) - first_slot))
     balance, breach, *per_symbol = (_column(packed, rows) for packed in packed_columns)
     return Chunk(
@@ -235,7 +247,7 @@ async def read_chunk(client: Redis, first_slot: int, count: int, contracts: Mapp
         breach=breach,
         quantity=dict(zip(symbols, per_symbol[::2], strict=True)),
         cost=dict(zip(symbols, per_symbol[1::2], strict=True)),
-        marks=_marks_from(answer[0], answer[1 : 1 + len(symbols)], contracts),
+        marks=_marks_from(answer, contracts),
     )
 
 
@@ -252,17 +264,22 @@ async def read_chunks(client: Redis, contracts: Mapping[str, Contract], *, chunk
 
 
 async def account_names(client: Redis, slots: Sequence[int]) -> list[str]:
-    """The account in each of ``slots``, in their order."""
+    """The account in each of ``slots``, in their order. Raises ``StateMissing`` when such a slot is gone."""
     if not slots:
         return []
     first, last = min(slots), max(slots)
     if last - first < 4 * len(slots):
         names = await client.lrange(keys.ACCOUNTS, first, last)
-        return [keys.as_text(names[slot - first]) for slot in slots]
-    async with client.pipeline(transaction=False) as pipeline:
-        for slot in slots:
-            pipeline.lindex(keys.ACCOUNTS, slot)
-        return [keys.as_text(name) for name in await pipeline.execute()]
+        found = [names[slot - first] if slot - first < len(names) else None for slot in slots]
+    else:
+        async with client.pipeline(transaction=False) as pipeline:
+            for slot in slots:
+                pipeline.lindex(keys.ACCOUNTS, slot)
+            found = await pipeline.execute()
+    known = [keys.as_text(name) for name in found if name is not None]
+    if len(known) < len(slots):
+        raise errors.StateMissing("the state was emptied while it was read", reason="state_missing")
+    return known
 
 
 async def quarantined_slots(client: Redis) -> tuple[dict[int, str], list[str]]:
@@ -281,28 +298,42 @@ async def quarantined_slots(client: Redis) -> tuple[dict[int, str], list[str]]:
     return by_slot, without_slot
 
 
+_MARK_ANSWERS: Final = 3
+"""Redis TIME, the epoch, and the texts; after them comes one answer for each symbol."""
+
+
 def _ask_for_marks(pipeline: Redis, symbols: Sequence[str]) -> None:
+    pipeline.time()
+    pipeline.hget(keys.STATE_EPOCH, "epoch")
     pipeline.mget([*(keys.mark_price_key(symbol) for symbol in symbols), keys.MARK_VERSION])
     for symbol in symbols:
         pipeline.hmget(keys.mark_key(symbol), "price", "timestamp")
 
 
-def _marks_from(
-    texts: Sequence[bytes | None], accepted: Sequence[Sequence[bytes | None]], contracts: Mapping[str, Contract]
-) -> Marks:
-    """The marks in the answers to ``_ask_for_marks``: the texts with the version last, and what was accepted."""
+def _marks_from(answer: Sequence[Any], contracts: Mapping[str, Contract]) -> Marks:
+    """The marks in the answers to ``_ask_for_marks``, which come first. Raises ``StateDamaged``."""
+    (seconds, microseconds), epoch, (*texts, version) = answer[:_MARK_ANSWERS]
+    if version is not None and not version.isdigit():
+        raise errors.StateDamaged("the key mark:version is not a whole number", reason="state_damaged")
     prices, timestamps, by_hand = {}, {}, []
-    for text, (accepted_text, timestamp), (symbol, contract) in zip(
-        texts[:-1], accepted, contracts.items(), strict=True
-    ):
+    accepted_marks = answer[_MARK_ANSWERS : _MARK_ANSWERS + len(contracts)]
+    for text, (accepted, timestamp), (symbol, contract) in zip(texts, accepted_marks, contracts.items(), strict=True):
         price = parse_mark(text, contract)
         if price is None:
             continue
+        known = timestamp is not None and timestamp.isdigit()
         prices[symbol] = price
-        timestamps[symbol] = int(timestamp or 0)
-        if text != accepted_text:
+        timestamps[symbol] = int(timestamp) if known else 0
+        if text != accepted or not known:
             by_hand.append(symbol)
-    return Marks(prices=prices, timestamps_us=timestamps, version=int(texts[-1] or 0), by_hand=tuple(by_hand))
+    return Marks(
+        prices=prices,
+        timestamps_us=timestamps,
+        version=int(version or 0),
+        by_hand=tuple(by_hand),
+        read_at_us=seconds * 1_000_000 + microseconds,
+        epoch=keys.as_text(epoch or b""),
+    )
 
 
 def _for_every_row(value: Decimal) -> Column:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
@@ -11,14 +12,20 @@ from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_v
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from app.contracts import BTC_PERP, Contract
+from app.numbers import parse_decimal
 
 
 def _contract_from_json(value: object) -> object:
     """A contract as a JSON object with decimal strings; names that are left out take the default."""
     if not isinstance(value, dict):
         return value
-    numbers = {name: Decimal(str(item)) for name, item in value.items() if name != "symbol"}
-    return Contract(symbol=str(value["symbol"]), **numbers)
+    names = [item.name for item in fields(Contract)]
+    if unknown := [name for name in value if name not in names]:
+        raise ValueError(f"a contract has no {', '.join(unknown)}; it has {', '.join(names)}")
+    if not isinstance(value.get("symbol"), str):
+        raise ValueError("a contract needs a symbol")  # noqa: TRY004  # pydantic reports a ValueError
+    numbers = {name: parse_decimal(str(item)) for name, item in value.items() if name != "symbol"}
+    return Contract(symbol=value["symbol"], **numbers)
 
 
 class Settings(BaseSettings):
@@ -47,7 +54,7 @@ class Settings(BaseSettings):
     sweep_interval_seconds: PositiveFloat = 1.0
     sweep_chunk_accounts: PositiveInt = 131_072
     audit_accounts_per_sweep: PositiveInt = 500
-    refresh_accounts_per_sweep: PositiveInt = 2_000
+    refresh_accounts_per_sweep: PositiveInt = 1_000
 
     redis_timeout_seconds: PositiveFloat = 2.0
     record_timeout_seconds: PositiveFloat = 2.0

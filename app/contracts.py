@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from decimal import Decimal
 
-from app.numbers import SMALLEST_UNIT
+from app.numbers import SMALLEST_UNIT, format_decimal
 
 AMOUNT_LIMIT = Decimal(40_000_000_000)
 """The largest balance, notional or cost, in USDT: 4e10 is 4e18 units of 1e-8, which an int64 holds."""
+
+
+QUANTITY_MAX = (2**63 - 1) * SMALLEST_UNIT
+"""The largest quantity that a packed column holds."""
 
 
 class ContractError(ValueError):
@@ -36,13 +40,19 @@ class Contract:
     position_limit: Decimal = Decimal(1_000)
 
     def __post_init__(self) -> None:
-        for name in ("tick_size", "lot_size", "maintenance_rate", "price_band", "price_max", "position_limit"):
-            if not getattr(self, name) > 0:
-                raise ContractError(f"{self.symbol}: {name} must be above 0, not {getattr(self, name)}")
+        for number in fields(self)[1:]:
+            value = getattr(self, number.name)
+            if not value.is_finite() or value <= 0:
+                raise ContractError(f"{self.symbol}: {number.name} must be a number above 0, not {value}")
         if (self.tick_size * self.lot_size) % SMALLEST_UNIT:
             raise ContractError(
                 f"{self.symbol}: tick_size x lot_size is {self.tick_size * self.lot_size}, not a multiple of "
                 f"{SMALLEST_UNIT:f}; a cash flow could not be kept exact"
+            )
+        if self.lot_size % SMALLEST_UNIT or self.position_limit > QUANTITY_MAX:
+            raise ContractError(
+                f"{self.symbol}: quantities are kept in units of {SMALLEST_UNIT:f} up to {QUANTITY_MAX:f}; "
+                f"lot_size {self.lot_size} or position_limit {self.position_limit} does not fit"
             )
         if self.position_limit * self.price_max > AMOUNT_LIMIT:
             raise ContractError(
@@ -64,7 +74,10 @@ BTC_PERP = Contract(symbol="BTC-PERP")
 def contracts_digest(contracts: Iterable[Contract]) -> str:
     """Sixteen hex digits that two processes share only if they judge by the same contracts."""
     described = sorted(
-        ({name: str(value) for name, value in asdict(contract).items()} for contract in contracts),
+        (
+            {name: value if name == "symbol" else format_decimal(value) for name, value in asdict(contract).items()}
+            for contract in contracts
+        ),
         key=lambda contract: contract["symbol"],
     )
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]

@@ -15,6 +15,11 @@ from app.history import STATEMENT_TIMEOUT_SECONDS
 from app.models import HistoryRow, Liquidation, Recovery
 
 POOL_SIZE: Final = 4
+WRITER_POOL_SIZE: Final = 2
+"""The outbox has a pool of its own, so that slow readers of history do not hold up its writers."""
+
+MAINTENANCE_STATEMENT_SECONDS: Final = 600.0
+"""For commands that read or lock all of history."""
 
 Row = TypeVar("Row", bound=HistoryRow)
 
@@ -24,16 +29,27 @@ def format_timestamp(timestamp: datetime) -> str:
     return timestamp.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
-def create_engine(database_url: str) -> AsyncEngine:
-    """An engine on asyncpg for ``database_url``, a plain ``postgresql://`` URL."""
+def create_engine(
+    database_url: str, *, pool_size: int = POOL_SIZE, statement_seconds: float = STATEMENT_TIMEOUT_SECONDS
+) -> AsyncEngine:
+    """An engine on asyncpg for ``database_url``, a plain ``postgresql://`` URL.
+
+    A statement, BEGIN and COMMIT too, that takes longer than ``statement_seconds`` is given up, so that a connection
+    that hangs costs no more than that.
+    """
     return create_async_engine(
         make_url(database_url).set(drivername="postgresql+asyncpg"),
-        pool_size=POOL_SIZE,
-        max_overflow=POOL_SIZE,
+        pool_size=pool_size,
+        max_overflow=pool_size,
         pool_timeout=STATEMENT_TIMEOUT_SECONDS,
         pool_pre_ping=False,
-        connect_args={"timeout": STATEMENT_TIMEOUT_SECONDS, "command_timeout": 10 * STATEMENT_TIMEOUT_SECONDS},
+        connect_args={"timeout": STATEMENT_TIMEOUT_SECONDS, "command_timeout": statement_seconds},
     )
+
+
+def create_maintenance_engine(database_url: str) -> AsyncEngine:
+    """An engine whose statements may take as long as all of history needs."""
+    return create_engine(database_url, statement_seconds=MAINTENANCE_STATEMENT_SECONDS)
 
 
 def create_sessions(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:

@@ -183,6 +183,12 @@ class UnsafeRedis(Unavailable):
     code = "unsafe_redis"
 
 
+class StateDamaged(Unavailable):
+    """A key that all accounts share is not what it should be; ``rebuild`` makes it anew."""
+
+    code = "state_damaged"
+
+
 class StateMismatch(Unavailable):
     """Redis was written by a release or a set of contracts other than this process's."""
 
@@ -238,6 +244,7 @@ HTTP_STATUS: Final[dict[str, tuple[int, str]]] = {
     StateFrozen.code: (503, "State frozen"),
     StateUnreconciled.code: (503, "State not reconciled"),
     StateAheadOfHistory.code: (503, "State ahead of history"),
+    StateDamaged.code: (503, "State damaged"),
     UnsafeRedis.code: (503, "Redis is not safe"),
     StateMismatch.code: (503, "State of another release or contract set"),
     OutboxFull.code: (503, "Outbox full"),

@@ -74,8 +74,9 @@ _INSERT: Final = {
     for kind, model in HISTORY.items()
 }
 _SAME: Final = {
-    kind: f"SELECT EXISTS (SELECT {_columns(model)} FROM {model.__tablename__} WHERE id = $2 INTERSECT "  # noqa: S608
-    f"SELECT {_columns(model)} FROM jsonb_to_record($1::text::jsonb) AS row ({_typed_columns(model)}))"
+    kind: f"WITH rows AS (SELECT {_columns(model)} FROM jsonb_to_recordset($1::text::jsonb) "  # noqa: S608
+    f"AS row ({_typed_columns(model)})) SELECT id FROM (SELECT * FROM rows INTERSECT "
+    f"SELECT {_columns(model)} FROM {model.__tablename__} WHERE id IN (SELECT id FROM rows)) AS same"
     for kind, model in HISTORY.items()
 }
 
@@ -83,13 +84,8 @@ _SAME: Final = {
 async def write_history(engine: AsyncEngine, entries: Sequence[HistoryEntry], *, epoch: int) -> list[HistoryEntry]:
     """Insert ``entries`` in one transaction; answer those whose id was there already with other content.
 
-    An id that is there with the same content is a row written before, and no news. Raises ``FencedError`` when
-    ``epoch`` is not the newest, and asyncpg's errors.
+    Raises ``FencedError`` when ``epoch`` is not the newest, and asyncpg's errors.
     """
-    by_kind: dict[str, list[HistoryEntry]] = {}
-    for entry in entries:
-        by_kind.setdefault(entry.kind, []).append(entry)
-    contradicted = []
     async with engine.connect() as connection:
         driver = await _driver(connection)
         async with _invalidating(connection), driver.transaction():
@@ -100,23 +96,37 @@ async def write_history(engine: AsyncEngine, entries: Sequence[HistoryEntry], *,
             newest = await driver.fetchval("SELECT max(epoch) FROM epochs", timeout=STATEMENT_TIMEOUT_SECONDS)
             if newest != epoch:
                 raise FencedError(f"epoch {epoch} is not the newest, {newest}")
-            for kind, rows in by_kind.items():
-                inserted = await driver.fetch(
-                    _INSERT[kind],
-                    (b"[" + b",".join(row.row_json() for row in rows) + b"]").decode(),
-                    timeout=STATEMENT_TIMEOUT_SECONDS,
-                )
-                if len(inserted) < len(rows):
-                    new = {record["id"] for record in inserted}
-                    contradicted += [row for row in rows if row.id not in new and not await _is_recorded(driver, row)]
+            return await _insert(driver, entries)
+
+
+async def insert_history(connection: AsyncConnection, entries: Sequence[HistoryEntry]) -> list[HistoryEntry]:
+    """As ``write_history``, in the transaction of a ``connection`` that holds the fence itself."""
+    return await _insert(await _driver(connection), entries)
+
+
+async def _insert(driver: asyncpg.Connection, entries: Sequence[HistoryEntry]) -> list[HistoryEntry]:
+    """Insert ``entries``, kinds and rows always in one order: two writers of the same rows must not deadlock.
+
+    An id that is there with the same content is a row written before, and no news; the others are answered.
+    """
+    contradicted = []
+    for kind in HISTORY:
+        rows = sorted((entry for entry in entries if entry.kind == kind), key=lambda entry: entry.id)
+        if not rows:
+            continue
+        inserted = await driver.fetch(_INSERT[kind], _as_array(rows), timeout=STATEMENT_TIMEOUT_SECONDS)
+        if len(inserted) == len(rows):
+            continue
+        new = {record["id"] for record in inserted}
+        known = [row for row in rows if row.id not in new]
+        same = await driver.fetch(_SAME[kind], _as_array(known), timeout=STATEMENT_TIMEOUT_SECONDS)
+        recorded = {record["id"] for record in same}
+        contradicted += [row for row in known if row.id not in recorded]
     return contradicted
 
 
-async def _is_recorded(driver: asyncpg.Connection, entry: HistoryEntry) -> bool:
-    """Whether Postgres holds ``entry`` with just this content."""
-    return bool(
-        await driver.fetchval(_SAME[entry.kind], entry.row_json().decode(), entry.id, timeout=STATEMENT_TIMEOUT_SECONDS)
-    )
+def _as_array(rows: Sequence[HistoryEntry]) -> str:
+    return (b"[" + b",".join(row.row_json() for row in rows) + b"]").decode()
 
 
 @asynccontextmanager

@@ -22,7 +22,7 @@ class ExactJSONRequest(Request):
     """A request whose JSON numbers arrive as ``NumberText``."""
 
     async def json(self) -> Any:  # noqa: ANN401  # what the client sent
-        """The body, parsed. Raises ``HTTPException`` 400 for text that is not one JSON value, or not a clear one."""
+        """The body, parsed. Raises ``HTTPException``: 400 for text that is not JSON, 422 for an unclear one."""
         if not hasattr(self, "_json"):
             try:
                 text = (await self.body()).decode("utf-8")
@@ -35,6 +35,8 @@ class ExactJSONRequest(Request):
                 )
             except RecursionError as error:
                 raise HTTPException(400, "the body is nested too deeply") from error
+            except UnclearJSONError as error:
+                raise HTTPException(422, str(error)) from error
             except ValueError as error:
                 raise HTTPException(400, f"the body is not JSON in UTF-8: {error}"[:160]) from error
         return self._json
@@ -57,12 +59,16 @@ class ExactJSONRoute(APIRoute):
         return handle_exactly
 
 
+class UnclearJSONError(ValueError):
+    """JSON that can be parsed, and does not say one thing."""
+
+
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number")
+    raise UnclearJSONError(f"{name} is not a number")
 
 
 def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) != len(pairs):
-        raise ValueError("an object names a member twice")
+        raise UnclearJSONError("an object names a member twice")
     return members

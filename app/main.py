@@ -28,7 +28,12 @@ from app.reconcile import keep_reconciled
 from app.redis_client import StateStore
 from app.routes.context import Services
 
-ECHO_BYTES_MAX: Final = 128
+BODY_BYTES_MAX: Final = 64 * 1024
+ECHO_CHARACTERS_MAX: Final = 30
+ERRORS_SHOWN_MAX: Final = 4
+"""Four names of thirty: no more than 128 bytes of what was sent come back."""
+
+HTTP_CODES: Final = {HTTPStatus.BAD_REQUEST: "malformed_body", HTTPStatus.UNPROCESSABLE_ENTITY: "invalid_request"}
 
 log = structlog.get_logger(__name__)
 
@@ -40,7 +45,8 @@ async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
     configure_logging(settings.log_level, process="api")
     stores = locate_stores(settings)
     store, engine = StateStore(stores.redis_url, settings), database.create_engine(stores.database_url)
-    outbox = Outbox(store, engine, settings)
+    writer = database.create_engine(stores.database_url, pool_size=database.WRITER_POOL_SIZE)
+    outbox = Outbox(store, writer, settings)
     await outbox.start()
     reconciling = asyncio.create_task(keep_reconciled(store, engine, settings), name="reconcile")
     services = Services(
@@ -53,8 +59,10 @@ async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
         yield {"services": services}
     finally:
         reconciling.cancel()
+        await asyncio.gather(reconciling, return_exceptions=True)
         await outbox.stop()
         await store.close()
+        await writer.dispose()
         await engine.dispose()
 
 
@@ -110,17 +118,20 @@ async def on_invalid_request(_: Request, error: Exception) -> Response:
     """A request whose fields do not have the types and forms of the API."""
     assert isinstance(error, RequestValidationError)
     fields = [
-        {"field": ".".join(str(part) for part in item["loc"][1:]) or "body", "message": item["msg"]}
+        {
+            "field": ".".join(str(part) for part in item["loc"][1:])[:ECHO_CHARACTERS_MAX] or "body",
+            "message": item["msg"],
+        }
         for item in error.errors()
     ]
-    shown = [{name: text[:ECHO_BYTES_MAX] for name, text in field.items()} for field in fields[:16]]
+    shown = fields[:ERRORS_SHOWN_MAX]
     return problem_response(
         422,
         {
             "type": "urn:plimsoll:problem:invalid_request",
             "title": "Invalid request",
             "status": 422,
-            "detail": "; ".join(f"{item['field']}: {item['message']}" for item in shown[:4]),
+            "detail": "; ".join(f"{item['field']}: {item['message']}" for item in shown),
             "code": "invalid_request",
             "field": shown[0]["field"],
             "errors": shown,
@@ -132,14 +143,14 @@ async def on_http_error(_: Request, error: Exception) -> Response:
     """What the framework refuses: no such route, method, media type or body."""
     assert isinstance(error, HTTPException)
     status = HTTPStatus(error.status_code)
-    code = "malformed_body" if status == HTTPStatus.BAD_REQUEST else status.name.lower()
+    code = HTTP_CODES.get(status, status.name.lower())
     response = problem_response(
         status.value,
         {
             "type": f"urn:plimsoll:problem:{code}",
             "title": status.phrase,
             "status": status.value,
-            "detail": str(error.detail)[: 2 * ECHO_BYTES_MAX],
+            "detail": str(error.detail)[:256],
             "code": code,
         },
     )
@@ -168,6 +179,7 @@ def create_app() -> FastAPI:
         version="0.1.0",
         description="Margining for perpetual futures: trades, marks, margins, and the history of every breach.",
         lifespan=lifespan,
+        max_body_size=BODY_BYTES_MAX,
     )
     application.include_router(api.router)
     application.add_middleware(RequestMeter)

@@ -29,6 +29,7 @@ class _StoredMark(NamedTuple):
     text: bytes
     accepted: bytes
     version: bytes
+    timestamp: bytes
     accounts_open: int
 
 
@@ -64,7 +65,7 @@ class MarkBook:
         """Give a mark that was set by hand its version and its time; a no-op where there is nothing to adopt."""
         stored = await self._read(symbol)
         price = parse_mark(stored.text, self._contracts[symbol])
-        if price is None or stored.text == stored.accepted:
+        if price is None or (stored.text == stored.accepted and stored.timestamp.isdigit()):
             return
         if await self._commit(symbol, stored, price):
             log.info("adopted a mark set by hand", symbol=symbol, price=format_decimal(price))
@@ -73,10 +74,14 @@ class MarkBook:
         async with self._store.client.pipeline(transaction=True) as pipeline:
             # MGET answers nothing for a key of another type, and a mark of another type is no mark.
             pipeline.mget([keys.mark_price_key(symbol)])
-            pipeline.hmget(keys.mark_key(symbol), "price", "version")
+            pipeline.hmget(keys.mark_key(symbol), "price", "version", "timestamp")
             pipeline.get(keys.open_positions_key(symbol))
-            (text,), (accepted, version), accounts_open = await pipeline.execute()
-        return _StoredMark(text or b"", accepted or b"", version or b"", int(accounts_open or 0))
+            (text,), (accepted, version, timestamp), accounts_open = await pipeline.execute()
+        # A count that cannot be read guards as if somebody held the symbol.
+        known = accounts_open is None or accounts_open.isdigit()
+        return _StoredMark(
+            text or b"", accepted or b"", version or b"", timestamp or b"", int(accounts_open or 0) if known else 1
+        )
 
     async def _commit(self, symbol: str, stored: _StoredMark, price: Decimal) -> tuple[int, int] | None:
         """The new version and its time in microseconds, or None if the mark moved."""

@@ -35,7 +35,7 @@ def exact(function: Callable[Parameters, Result]) -> Callable[Parameters, Result
 
 
 def is_multiple(value: Decimal, step: Decimal) -> bool:
-    """Whether ``value`` lies on the grid of ``step``."""
+    """Whether ``value``, which the caller knows to be no giant, lies on the grid of ``step``."""
     return not EXACT.remainder(value, step)
 
 

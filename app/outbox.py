@@ -144,13 +144,12 @@ class Outbox:
         age_us = seconds * 1_000_000 + microseconds - int(oldest[0][1][b"time"])
         return OutboxState(entries=length, oldest_age_seconds=max(0.0, age_us / 1_000_000))
 
-    async def drain(self, *, older_than_seconds: float = 0.0) -> set[int]:
-        """Write the entries in the stream that are old enough, in stream order; answer their ids.
+    async def drain(self, *, older_than_seconds: float = 0.0) -> int:
+        """Write the entries in the stream that are old enough, in stream order; answer how many.
 
         Raises Postgres' errors and Redis'.
         """
-        written: set[int] = set()
-        after = "-"
+        written, after = 0, "-"
         while True:
             async with self._store.client.pipeline(transaction=True) as pipeline:
                 pipeline.hget(keys.STATE_EPOCH, "epoch")
@@ -160,14 +159,28 @@ class Outbox:
             now_us = seconds * 1_000_000 + microseconds
             entries = [
                 entry
-                for entry in (entry_from_stream(entry_id, fields) for entry_id, fields in found)
+                for entry in await self._readable(found)
                 if now_us - entry.time_us >= older_than_seconds * 1_000_000
             ]
             if not entries:
                 return written
             await self._write(entries, epoch=int(epoch or 0))
-            written |= {entry.id for entry in entries}
+            written += len(entries)
             after = f"({entries[-1].id}-0"
+
+    async def _readable(self, found: Sequence[tuple[bytes, dict[bytes, bytes]]]) -> list[HistoryEntry]:
+        """The entries of the stream that a script can have written; any other is put aside, whole."""
+        entries = []
+        for entry_id, fields in found:
+            try:
+                entries.append(entry_from_stream(entry_id, fields))
+            except (KeyError, ValueError):
+                log.exception("the outbox holds what no script wrote", entry=entry_id)
+                metrics.DEAD_LETTERS.inc()
+                odd = [item for pair in fields.items() for item in pair]
+                await self._store.batcher.execute("XADD", keys.OUTBOX_DEAD, "*", "reason", "not a row", *odd)
+                await self._store.batcher.execute("XDEL", keys.OUTBOX, entry_id)
+        return entries
 
     async def _write_forever(self) -> None:
         while True:
@@ -191,6 +204,10 @@ class Outbox:
                 except (*POSTGRES_ERRORS, errors.PlimsollError, RedisError) as error:
                     self._open_breaker(repr(error))
                     _answer(batch, recorded=False)
+                except Exception:
+                    log.exception("the writer of history failed; the rows wait in the outbox")
+                    self._open_breaker("our mistake")
+                    _answer(batch, recorded=False)
                 else:
                     self.postgres_away = False
                     self._postgres_answered = asyncio.get_running_loop().time()
@@ -203,17 +220,31 @@ class Outbox:
         Postgres is not away. A row that stayed in Redis alone until it is old enough to be drained would have been
         acknowledged in one store only, and be gone with the next power cut.
         """
-        written: set[int] = set()
+        held: set[HistoryEntry] = set()
         for _ in range(FENCED_ATTEMPTS_MAX):
             # Redis hears of a new epoch right after Postgres.
             await asyncio.sleep(FENCED_PAUSE_SECONDS)
             try:
-                written = await self.drain()
+                epoch, held = await self._still_held([entry for entry, _ in batch])
+                await self._write([entry for entry, _ in batch if entry in held], epoch=epoch)
                 break
             except (*POSTGRES_ERRORS, FencedError, errors.PlimsollError, RedisError) as error:
+                held = set()
                 log.debug("fenced rows wait", error=repr(error))
         for item in batch:
-            _answer([item], recorded=item[0].id in written)
+            _answer([item], recorded=item[0] in held)
+
+    async def _still_held(self, entries: Sequence[HistoryEntry]) -> tuple[int, set[HistoryEntry]]:
+        """The epoch of Redis, and which of ``entries`` its stream holds. An id alone proves nothing.
+
+        A Redis that came back without its last writes has given the ids of those to others.
+        """
+        async with self._store.client.pipeline(transaction=True) as pipeline:
+            pipeline.hget(keys.STATE_EPOCH, "epoch")
+            for entry in entries:
+                pipeline.xrange(keys.OUTBOX, f"{entry.id}-0", f"{entry.id}-0")
+            epoch, *found = await pipeline.execute()
+        return int(epoch or 0), {entry_from_stream(entry_id, fields) for rows in found for entry_id, fields in rows}
 
     async def _drain_forever(self) -> None:
         while True:
@@ -229,6 +260,8 @@ class Outbox:
                 metrics.HISTORY_FENCED.inc()
             except (*POSTGRES_ERRORS, errors.PlimsollError, RedisError) as error:
                 log.debug("the outbox waits", error=repr(error))
+            except Exception:
+                log.exception("the drain of the outbox failed; it goes on")
 
     async def _write(self, entries: Sequence[HistoryEntry], *, epoch: int) -> set[int]:
         """Record ``entries`` and take them out of the stream; answers the ids of those that had to be put aside."""
@@ -283,10 +316,13 @@ class Outbox:
 
 
 def entry_from_stream(entry_id: bytes, fields: dict[bytes, bytes]) -> HistoryEntry:
-    """The entry that a commit script appended."""
+    """The entry that a commit script appended. Raises ``KeyError`` or ``ValueError`` for anything else."""
+    kind = fields[b"kind"].decode()
+    if kind not in HISTORY:
+        raise KeyError(kind)
     return HistoryEntry(
         id=int(entry_id.partition(b"-")[0]),
-        kind=fields[b"kind"].decode(),
+        kind=kind,
         account_id=fields[b"account"].decode(),
         seq=int(fields[b"seq"]),
         epoch=int(fields[b"epoch"]),

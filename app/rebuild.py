@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 from sqlalchemy import func, select
@@ -17,7 +17,14 @@ from app.config import Settings
 from app.history import FencedError
 from app.models import Liquidation, Recovery
 from app.outbox import Outbox
-from app.reconcile import advance_epoch, lock_history, newest_history_id, newest_mark_version
+from app.reconcile import (
+    advance_epoch,
+    begin,
+    lock_history,
+    newest_history_id,
+    newest_mark_version,
+    wait_for_held_rows,
+)
 from app.redis_client import StateStore
 
 if TYPE_CHECKING:
@@ -61,20 +68,24 @@ def rebuild(settings: Settings, stores: Stores, progress: restore.Progress) -> R
 
 
 async def _rebuild(settings: Settings, stores: Stores, progress: restore.Progress) -> Rebuilt:
-    store, engine = StateStore(stores.redis_url, settings), database.create_engine(stores.database_url)
+    store, engine = StateStore(stores.redis_url, settings), database.create_maintenance_engine(stores.database_url)
     try:
-        status = keys.as_text(await store.client.hget(keys.STATE_EPOCH, "status") or b"frozen")
+        before: dict[Any, Any] = await store.client.hgetall(keys.STATE_EPOCH)
         await store.client.hset(keys.STATE_EPOCH, mapping={"status": "frozen", "signature": store.signature})
         try:
             await _drain(Outbox(store, engine, settings))
+            await wait_for_held_rows(store, engine)
             async with engine.begin() as connection:
                 await lock_history(connection)
+                # Whoever reconciled until now may have let writes go again: from here on it cannot.
+                token = await begin(store)
+                await store.client.hset(keys.STATE_EPOCH, "status", "frozen")
                 newest_id = await newest_history_id(connection)
                 await _require_not_ahead(store, newest_id)
-                status = "frozen"
-                return await _replace(store, connection, settings, newest_id, progress)
+                return await _replace(store, connection, settings, newest_id, token, progress)
         except errors.StateAheadOfHistory:
-            await store.client.hset(keys.STATE_EPOCH, "status", status)
+            if before:
+                await store.client.hset(keys.STATE_EPOCH, mapping=before)
             raise
     finally:
         await store.close()
@@ -92,7 +103,8 @@ async def _drain(outbox: Outbox) -> None:
 async def _require_not_ahead(store: StateStore, newest_id: int) -> None:
     waiting = int(await store.client.xlen(keys.OUTBOX))
     last_id = int(await store.client.get(keys.HISTORY_LAST_ID) or 0)
-    if waiting or last_id > newest_id:
+    dead = int(await store.client.xlen(keys.OUTBOX_DEAD))
+    if waiting or last_id > newest_id + dead:
         raise errors.StateAheadOfHistory(
             f"Redis is at id {last_id} with {waiting} rows waiting, Postgres at {newest_id}: restoring would lose "
             "what only Redis has. Let the outbox drain first; `plimsoll reset` would give all of it up",
@@ -105,6 +117,7 @@ async def _replace(
     connection: AsyncConnection,
     settings: Settings,
     newest_id: int,
+    token: str,
     progress: restore.Progress,
 ) -> Rebuilt:
     for pattern in OWN_KEYS:
@@ -128,7 +141,7 @@ async def _replace(
         pipeline.set(keys.MARK_VERSION, await newest_mark_version(connection))
         await pipeline.execute()
     run_id = (await store.client.info("server"))["run_id"]
-    await advance_epoch(store, connection, reason="rebuilt from history", run_id=run_id)
+    await advance_epoch(store, connection, token=token, reason="rebuilt from history", run_id=run_id)
     log.info("rebuilt the state from history", accounts=len(accounts), newest_id=newest_id)
     return Rebuilt(accounts=len(accounts), newest_id=newest_id)
 

@@ -8,10 +8,12 @@ history knows, and rows with larger ids are exactly what it did lose.
 from __future__ import annotations
 
 import asyncio
+import uuid
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import structlog
+from redis.exceptions import WatchError
 from sqlalchemy import func, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -19,8 +21,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from app import database, errors, restore
 from app import redis_client as keys
 from app.config import Settings
-from app.history import FENCE_LOCK
+from app.history import FENCE_LOCK, insert_history
 from app.models import HISTORY, Epoch, Liquidation, Recovery
+from app.outbox import entry_from_stream
 from app.redis_client import StateStore
 
 if TYPE_CHECKING:
@@ -43,10 +46,16 @@ def migrate(settings: Settings, stores: Stores) -> None:
 
 
 def reset(settings: Settings, stores: Stores) -> None:
-    """Empty both stores and make a new state. Everything is lost; asking first is the caller's part."""
+    """Empty both stores and make a new state. Everything is lost; asking first is the caller's part.
+
+    Epochs go on counting, so that what a process still holds from before is fenced.
+    """
+    database.migrate(stores.database_url)
+    epoch = asyncio.run(_newest_epoch(stores))
     database.migrate(stores.database_url, revision="base")
     asyncio.run(_flush(settings, stores))
-    migrate(settings, stores)
+    database.migrate(stores.database_url)
+    asyncio.run(_migrate_state(settings, stores, after_epoch=epoch))
 
 
 async def keep_reconciled(store: StateStore, engine: AsyncEngine, settings: Settings) -> None:
@@ -81,9 +90,10 @@ async def reconcile(store: StateStore, engine: AsyncEngine, settings: Settings) 
     Accounts of which Redis lost the newest changes are rolled forward from their rows of history. Raises
     ``StateMissing`` when Redis came up empty: that takes a ``rebuild``.
     """
-    await _wait_for_held_rows(store, engine)
+    await wait_for_held_rows(store, engine)
     async with engine.begin() as connection:
         await lock_history(connection)
+        token = await begin(store)
         run_id = (await store.client.info("server"))["run_id"]
         if keys.as_text(await store.client.get(keys.STATE_RUN_ID) or b"") == run_id:
             return
@@ -93,11 +103,11 @@ async def reconcile(store: StateStore, engine: AsyncEngine, settings: Settings) 
         recorded = await newest_history_id(connection)
         if last_id < recorded:
             await _roll_forward(store, connection, settings, last_id=last_id, recorded=recorded)
-        await advance_epoch(store, connection, reason=f"Redis restarted as {run_id}", run_id=run_id)
+        await advance_epoch(store, connection, token=token, reason=f"Redis restarted as {run_id}", run_id=run_id)
     log.info("reconciled with history", last_id=last_id, recorded=recorded)
 
 
-async def _wait_for_held_rows(store: StateStore, engine: AsyncEngine) -> None:
+async def wait_for_held_rows(store: StateStore, engine: AsyncEngine) -> None:
     """Give processes that hold rows which Redis has lost the time to write them, before a new epoch fences them.
 
     A row is missing where an account's rows beyond Redis' seq do not follow each other. Its process is alive or it is
@@ -109,6 +119,8 @@ async def _wait_for_held_rows(store: StateStore, engine: AsyncEngine) -> None:
             changed = await _changed_since(connection, await _last_id(store))
             incomplete = []
             for account_id, (count, seq) in changed.items():
+                if count >= seq:
+                    continue
                 known = int(await store.client.hget(keys.ledger_key(account_id), "seq") or 0)
                 if count < seq - known:
                     incomplete.append(account_id)
@@ -125,6 +137,9 @@ async def _roll_forward(
 ) -> None:
     """Bring Redis from ``last_id`` to ``recorded``. The counter moves last: a crash before that repeats the whole."""
     symbols = [contract.symbol for contract in settings.contracts]
+    # Rows that Redis kept and Postgres lacks are older than those that roll an account forward.
+    kept: Any = await store.client.xrange(keys.OUTBOX)
+    await insert_history(connection, [entry_from_stream(entry_id, fields) for entry_id, fields in kept])
     changed = await _changed_since(connection, last_id)
     accounts = await restore.accounts_in_history(connection, sorted(changed))
     await restore.restore_some(store, accounts.values(), symbols)
@@ -188,11 +203,21 @@ async def newest_mark_version(connection: AsyncConnection) -> int:
     return newest
 
 
-async def _migrate_state(settings: Settings, stores: Stores) -> None:
-    store, engine = StateStore(stores.redis_url, settings), database.create_engine(stores.database_url)
+async def _newest_epoch(stores: Stores) -> int:
+    engine = database.create_maintenance_engine(stores.database_url)
+    try:
+        async with engine.connect() as connection:
+            return await connection.scalar(select(func.coalesce(func.max(Epoch.epoch), 0))) or 0
+    finally:
+        await engine.dispose()
+
+
+async def _migrate_state(settings: Settings, stores: Stores, *, after_epoch: int = 0) -> None:
+    store, engine = StateStore(stores.redis_url, settings), database.create_maintenance_engine(stores.database_url)
     try:
         async with engine.begin() as connection:
             await lock_history(connection)
+            token = await begin(store)
             signature = await store.client.hget(keys.STATE_EPOCH, "signature")
             run_id = (await store.client.info("server"))["run_id"]
             await store.check_durability(allow_unsafe=settings.allow_unsafe_redis)
@@ -204,9 +229,16 @@ async def _migrate_state(settings: Settings, stores: Stores) -> None:
                         reason="state_missing",
                     )
                 await store.client.set(keys.HISTORY_LAST_ID, 0)
-                await advance_epoch(store, connection, reason="made by migrate", run_id=run_id)
+                await advance_epoch(
+                    store,
+                    connection,
+                    token=token,
+                    reason="made by migrate",
+                    run_id=run_id,
+                    after_epoch=after_epoch,
+                )
             elif keys.as_text(signature) != store.signature:
-                await advance_epoch(store, connection, reason="contracts or layout changed", run_id=None)
+                await advance_epoch(store, connection, token=token, reason="contracts or layout changed", run_id=None)
         if await needs_reconciling(store):
             await reconcile(store, engine, settings)
     finally:
@@ -214,18 +246,48 @@ async def _migrate_state(settings: Settings, stores: Stores) -> None:
         await engine.dispose()
 
 
-async def advance_epoch(store: StateStore, connection: AsyncConnection, *, reason: str, run_id: str | None) -> None:
-    """The next epoch, in Postgres first: a crash before Redis hears of it leaves writes refused, not unfenced."""
-    epoch = (await connection.scalar(select(func.coalesce(func.max(Epoch.epoch), 0))) or 0) + 1
+async def begin(store: StateStore) -> str:
+    """Take over from whoever reconciled before; the token that ``advance_epoch`` wants. Call it under the lock.
+
+    The lock ends with the commit in Postgres, before Redis hears of it. Who gets it next could be told that nothing
+    was reconciled, and roll accounts back that trade again already; or the first one's late word could follow it.
+    """
+    token = uuid.uuid4().hex
+    await store.client.set(keys.STATE_RECONCILER, token)
+    return token
+
+
+async def advance_epoch(
+    store: StateStore,
+    connection: AsyncConnection,
+    *,
+    token: str,
+    reason: str,
+    run_id: str | None,
+    after_epoch: int = 0,
+) -> None:
+    """The next epoch, in Postgres first: what is still written in the old one is fenced from then on.
+
+    Raises ``StateUnreconciled`` when another process has begun meanwhile: it is that one's part now.
+    """
+    newest = await connection.scalar(select(func.coalesce(func.max(Epoch.epoch), 0))) or 0
+    epoch = max(newest, after_epoch) + 1
     await connection.execute(
         insert(Epoch).values(epoch=epoch, signature=store.signature, reason=reason, timestamp=datetime.now(UTC))
     )
     await connection.commit()
     async with store.client.pipeline(transaction=True) as pipeline:
+        await pipeline.watch(keys.STATE_RECONCILER)
+        if keys.as_text(await pipeline.get(keys.STATE_RECONCILER) or b"") != token:
+            raise errors.StateUnreconciled("another process reconciles", reason="state_unreconciled")
+        pipeline.multi()  # type: ignore[no-untyped-call]
         pipeline.hset(keys.STATE_EPOCH, mapping={"epoch": epoch, "status": "ready", "signature": store.signature})
         if run_id is not None:
             pipeline.set(keys.STATE_RUN_ID, run_id)
-        await pipeline.execute()
+        try:
+            await pipeline.execute()
+        except WatchError as error:
+            raise errors.StateUnreconciled("another process reconciles", reason="state_unreconciled") from error
 
 
 async def _flush(settings: Settings, stores: Stores) -> None:

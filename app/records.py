@@ -15,7 +15,7 @@ from decimal import Decimal
 from typing import Any, Final
 
 from app import errors
-from app.contracts import AMOUNT_LIMIT, Contract
+from app.contracts import AMOUNT_LIMIT, QUANTITY_MAX, Contract
 from app.numbers import SMALLEST_UNIT, exact, format_decimal, from_units, is_multiple, parse_decimal, to_units
 from app.services import margin
 from app.services.trading import FLAT, Account, Mark, Position
@@ -54,6 +54,7 @@ class Snapshot:
     halted: bool
     now_us: int
     packed_balance: bytes
+    packed_breach: bytes
     packed_positions: Mapping[str, tuple[bytes, bytes]]
     mark_texts: Mapping[str, tuple[bytes, bytes, bytes]]
 
@@ -83,15 +84,15 @@ class Snapshot:
         for symbol, (text, _, timestamp) in self.mark_texts.items():
             price = parse_mark(text, contracts[symbol])
             if price is not None:
-                found[symbol] = Mark(price=price, timestamp_us=int(timestamp or self.now_us))
+                found[symbol] = Mark(price=price, timestamp_us=int(timestamp) if timestamp.isdigit() else self.now_us)
         return found
 
     def marks_set_by_hand(self, contracts: Mapping[str, Contract]) -> list[str]:
         """The symbols whose mark is a price that no version accounts for yet."""
         return [
             symbol
-            for symbol, (text, accepted, _) in self.mark_texts.items()
-            if text != accepted and parse_mark(text, contracts[symbol]) is not None
+            for symbol, (text, accepted, timestamp) in self.mark_texts.items()
+            if (text != accepted or not timestamp.isdigit()) and parse_mark(text, contracts[symbol]) is not None
         ]
 
     def account(self, contracts: Mapping[str, Contract]) -> Account:
@@ -109,6 +110,8 @@ class Snapshot:
 
     def agrees(self, account: Account) -> bool:
         """Whether the record is written as Plimsoll writes ``account``, and the packed row holds the same."""
+        if unpack(self.packed_breach) != int(self.breach_text or 0):
+            return False
         if self.slot is None or self.balance_text != format_decimal(account.balance).encode():
             return False
         written = dict(zip(self.fields[::2], self.fields[1::2], strict=True))
@@ -129,10 +132,12 @@ def pack(value: Decimal) -> bytes:
 
 def snapshot_from(account_id: str, symbols: Sequence[str], answer: Sequence[Any]) -> Snapshot:
     """The snapshot in an ``ok`` answer of ``read_account``. Raises ``AccountQuarantined`` for an unreadable ledger."""
-    _, operation, balance, fields, ledger, mark_version, halted, now_us, packed_balance, _, per_symbol = answer
+    _, operation, balance, fields, ledger, mark_version, halted, now_us, packed_balance, packed_breach, marks = answer
     slot, seq, breach, _, breach_at = ledger
-    if not all(text == b"" or text.isdigit() for text in (slot, seq, breach, breach_at)):
+    if not all(text == b"" or text.isdigit() for text in ledger):
         raise errors.AccountQuarantined(f"the ledger of {account_id} cannot be read", reason="ledger")
+    if not mark_version.isdigit():
+        raise errors.StateDamaged("the key mark:version is not a whole number", reason="state_damaged")
     return Snapshot(
         account_id=account_id,
         operation=operation,
@@ -146,8 +151,9 @@ def snapshot_from(account_id: str, symbols: Sequence[str], answer: Sequence[Any]
         halted=bool(halted),
         now_us=int(now_us),
         packed_balance=packed_balance,
-        packed_positions={symbol: (item[3], item[4]) for symbol, item in zip(symbols, per_symbol, strict=True)},
-        mark_texts={symbol: tuple(item[:3]) for symbol, item in zip(symbols, per_symbol, strict=True)},
+        packed_breach=packed_breach,
+        packed_positions={symbol: (item[3], item[4]) for symbol, item in zip(symbols, marks, strict=True)},
+        mark_texts={symbol: tuple(item[:3]) for symbol, item in zip(symbols, marks, strict=True)},
     )
 
 
@@ -193,18 +199,22 @@ def encode_position(position: Position) -> str:
 def decode_position(text: bytes, contract: Contract, *, where: str) -> Position:
     """The position that ``text`` spells; without ``cost`` it is ``quantity x avg_price``. Raises ``RecordError``."""
     try:
-        written = json.loads(text, parse_float=Decimal, parse_int=Decimal, parse_constant=_refuse_constant)
+        written = json.loads(text, parse_float=str, parse_int=str, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise RecordError(f"{where} is not JSON") from error
     if not isinstance(written, dict) or "quantity" not in written or not ({"cost", "avg_price"} & written.keys()):
         raise RecordError(f"{where} lacks quantity and avg_price or cost")
     quantity = _number(written["quantity"], where=where)
+    # The position limit is for what opens: a position from before it was lowered is read, and can be reduced.
+    if abs(quantity) > QUANTITY_MAX or not is_multiple(quantity, contract.lot_size):
+        raise RecordError(f"{where} has a quantity off the lot or beyond {QUANTITY_MAX:f}")
     if "cost" in written:
         cost = _number(written["cost"], where=where)
     else:
-        cost = margin.divide_half_even(quantity * _number(written["avg_price"], where=where), Decimal(1))
-    if not is_multiple(quantity, contract.lot_size) or abs(quantity) > contract.position_limit:
-        raise RecordError(f"{where} has a quantity off the lot or beyond the position limit")
+        average_price = _number(written["avg_price"], where=where)
+        if abs(average_price) > contract.price_max:
+            raise RecordError(f"{where} has an average price beyond {contract.price_max:f}")
+        cost = margin.divide_half_even(quantity * average_price, Decimal(1))
     if abs(cost) > AMOUNT_LIMIT or not is_multiple(cost, SMALLEST_UNIT) or (not quantity and cost):
         raise RecordError(f"{where} has a cost that cannot be kept")
     return Position(quantity=quantity, cost=cost)
@@ -213,8 +223,6 @@ def decode_position(text: bytes, contract: Contract, *, where: str) -> Position:
 def _number(value: object, *, where: str) -> Decimal:
     if isinstance(value, bytes):
         value = value.decode(errors="replace")
-    if isinstance(value, Decimal):
-        value = str(value)
     try:
         if not isinstance(value, str):
             raise RecordError(f"{where} is not a number")

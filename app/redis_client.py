@@ -34,6 +34,9 @@ LAYOUT_VERSION: Final = 1
 MARK_CHANNEL: Final = "mark_price"
 STATE_EPOCH: Final = "state:epoch"
 STATE_RUN_ID: Final = "state:run_id"
+STATE_RECONCILER: Final = "state:reconciler"
+"""Who began to reconcile or rebuild last: only that one may let writes go."""
+
 STATE_HALTED: Final = "state:halted"
 STATE_SWEPT: Final = "state:swept"
 QUARANTINED: Final = "state:quarantined"
@@ -49,6 +52,10 @@ COLUMN_BREACH: Final = "columns:breach"
 LIQUIDATIONS: Final = "counters:liquidations"
 RECOVERIES: Final = "counters:recoveries"
 BALANCE_PATTERN: Final = "account:*:balance"
+ACCOUNT_PREFIXES: Final = ("account:", "positions:")
+"""How the keys of a single account begin: what is wrong with one of them concerns that account alone."""
+
+REFUSED_BEFORE_WRITING: Final = ("OOM", "MISCONF", "LOADING", "READONLY", "NOAUTH", "NOPERM", "BUSY")
 
 
 def as_text(answer: bytes | str) -> str:
@@ -155,15 +162,24 @@ class StateStore:
             "retry": Retry(NoBackoff(), 0),
             "health_check_interval": 0,
         }
-        self.client = Redis.from_url(redis_url, max_connections=16, **options)
-        self._pool = BlockingConnectionPool.from_url(
-            redis_url, max_connections=4, timeout=settings.redis_timeout_seconds / 2, **options
+        self.client = Redis(
+            connection_pool=BlockingConnectionPool.from_url(
+                redis_url, max_connections=16, timeout=settings.redis_timeout_seconds, **options
+            )
         )
-        # A request makes two calls, a read and a commit, and is answered within the one time.
-        self.batcher = Batcher(self._pool, timeout_seconds=settings.redis_timeout_seconds / 2)
+        # A request makes two calls, a read and a commit, and is answered within the one time. A new connection to a
+        # Redis that stands still waits as well: for the answer to its greeting.
+        call_seconds = settings.redis_timeout_seconds / 2
+        self._pool = BlockingConnectionPool.from_url(
+            redis_url,
+            max_connections=4,
+            timeout=call_seconds,
+            **{**options, "socket_timeout": call_seconds, "socket_connect_timeout": call_seconds},
+        )
+        self.batcher = Batcher(self._pool, timeout_seconds=call_seconds)
 
     async def close(self) -> None:
-        """Close every connection; calls still under way fail."""
+        """Wait for the calls under way, and close every connection."""
         await self.batcher.close()
         await self._pool.disconnect()
         await self.client.aclose()
@@ -190,6 +206,9 @@ class StateStore:
                 "Redis did not answer in time; ask for the operation id before sending anything new", reason="redis"
             ) from error
         except ResponseError as error:
+            # Memory and disk are refused at a script's first write; any other error may have come after one.
+            if script.writes and not any(name in str(error) for name in REFUSED_BEFORE_WRITING):
+                raise errors.OutcomeUnknown(f"Redis failed: {error}"[:200], reason="redis") from error
             raise errors.StoreUnavailable(f"Redis refuses: {error}"[:200], reason="redis") from error
         answer[0] = answer[0].decode()
         _raise_refusal(answer)
@@ -229,7 +248,8 @@ class StateStore:
             pipeline.time()
             pipeline.hmget(STATE_SWEPT, "version", "at")
             (seconds, microseconds), (version, at) = await pipeline.execute()
-        return seconds * 1_000_000 + microseconds, None if version is None else (int(version), int(at))
+        known = version is not None and version.isdigit() and at is not None and at.isdigit()
+        return seconds * 1_000_000 + microseconds, (int(version), int(at)) if known else None
 
     async def require_state(self) -> tuple[int, int]:
         """The mark version and the version swept. Raises the ``Unavailable`` that keeps this process from writing."""
@@ -260,8 +280,9 @@ def _raise_refusal(answer: Sequence[Any]) -> None:
         case "outbox_full":
             raise errors.OutboxFull("history waits for Postgres; try again later", reason="outbox_full")
         case "wrong_type":
-            raise errors.AccountQuarantined(
-                f"the key {answer[1].decode(errors='replace')} is not what it should be", reason="wrong_type"
-            )
+            key = as_text(answer[1])
+            if key.startswith(ACCOUNT_PREFIXES):
+                raise errors.AccountQuarantined(f"the key {key} is not what it should be", reason="wrong_type")
+            raise errors.StateDamaged(f"the key {key} is not what it should be", reason="state_damaged")
         case _:
             return

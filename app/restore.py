@@ -205,7 +205,7 @@ async def operations_in_history(
         )
         rows = await connection.stream(query, {"since": since, "after_id": after_id})
         async for row in rows.mappings():
-            name = keys.operation_key(row.get("kind", kind), row["account_id"], row[operation_id])
+            name = keys.operation_key(kind, row["account_id"], row[operation_id])
             body = {column: _plain(value) for column, value in row.items() if column not in _NOT_IN_BODY}
             head = f"{row['id']}\n{microseconds(row['timestamp'])}\n".encode()
             yield name, head + orjson.dumps(body), row["timestamp"]

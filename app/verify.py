@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app import database, errors
@@ -18,11 +19,13 @@ from app.booking import Booking
 from app.config import Settings
 from app.contracts import Contract
 from app.models import HISTORY, Adjustment, HistoryRow, Liquidation, Recovery, Trade, Transfer
-from app.numbers import format_decimal
+from app.numbers import exact, format_decimal
 from app.outbox import Outbox
-from app.records import RecordError, Snapshot
+from app.records import UNIT, RecordError, Snapshot
 from app.redis_client import StateStore
+from app.schemas import IDENTIFIER_PATTERN
 from app.services import trading
+from app.services.margin import unrealised_pnl
 from app.services.trading import Account, Position
 
 if TYPE_CHECKING:
@@ -59,7 +62,8 @@ class Fold:
     rows: int = 0
     faults: list[str] = field(default_factory=list)
 
-    def add(self, row: HistoryRow, contracts: Mapping[str, Contract]) -> None:
+    @exact
+    def add(self, row: HistoryRow) -> None:
         """Apply the next row by seq, recomputing what it claims."""
         self.rows += 1
         if row.seq != self.seq + 1:
@@ -78,7 +82,7 @@ class Fold:
             case Adjustment():
                 self._add_adjustment(row)
             case Liquidation():
-                self._add_liquidation(row, contracts)
+                self._add_liquidation(row)
             case Recovery():
                 self._add_recovery(row)
 
@@ -105,7 +109,7 @@ class Fold:
             self.faults.append(f"adjustment {row.id} starts from positions that history does not have")
         self.account = replace(self.account, balance=row.balance_after, positions=_positions(row.positions_after))
 
-    def _add_liquidation(self, row: Liquidation, contracts: Mapping[str, Contract]) -> None:
+    def _add_liquidation(self, row: Liquidation) -> None:
         if self.breach is not None:
             self.faults.append(f"liquidation {row.id} opens a breach while {self.breach} is open")
         self.breach = row.id
@@ -113,10 +117,16 @@ class Fold:
         if _positions(row.positions) != self.account.positions:
             self.faults.append(f"liquidation {row.id} judged positions that history does not have")
             return
-        prices = {symbol: Decimal(price) for symbol, price in row.marks.items()}
-        valued = trading.account_margin(self.account, contracts=contracts, prices=prices)
-        self._claim(row, "equity", row.equity, valued.equity)
-        if not trading.is_candidate(valued):
+        unrealised = sum(
+            (
+                unrealised_pnl(quantity=held.quantity, cost=held.cost, mark_price=Decimal(row.marks[symbol]))
+                for symbol, held in self.account.positions.items()
+            ),
+            start=Decimal(0),
+        )
+        self._claim(row, "equity", row.equity, self.account.balance + unrealised)
+        # By the row's own maintenance margin: the rates may have changed since.
+        if not row.equity < row.maintenance_margin:
             self.faults.append(f"liquidation {row.id}: equity was not below the maintenance margin")
 
     def _add_recovery(self, row: Recovery) -> None:
@@ -137,7 +147,7 @@ def verify(settings: Settings, stores: Stores) -> Verification:
 
 
 async def _verify(settings: Settings, stores: Stores) -> Verification:
-    store, engine = StateStore(stores.redis_url, settings), database.create_engine(stores.database_url)
+    store, engine = StateStore(stores.redis_url, settings), database.create_maintenance_engine(stores.database_url)
     outbox = Outbox(store, engine, settings)
     booking = Booking(store, outbox, settings)
     result = Verification()
@@ -150,7 +160,7 @@ async def _verify(settings: Settings, stores: Stores) -> Verification:
             snapshots.update(zip(some, await _read(booking, some), strict=True))
         result.accounts = len(snapshots)
         suspects: dict[str, list[str]] = {}
-        async for fold in _folds(engine, booking.contracts):
+        async for fold in _folds(engine):
             result.rows += fold.rows
             known = snapshots.pop(fold.account.account_id, None)
             result.accounts += known is None
@@ -162,6 +172,12 @@ async def _verify(settings: Settings, stores: Stores) -> Verification:
         for name in sorted(suspects):
             faults = await _look_again(name, booking, outbox, engine, suspects[name])
             result.differences += [f"{name}: {fault}" for fault in faults]
+        faults = await _count_faults(store, engine, booking.contracts)
+        for _ in range(ATTEMPTS_MAX if faults else 0):
+            await asyncio.sleep(RETRY_SECONDS)
+            await outbox.drain()
+            faults = await _count_faults(store, engine, booking.contracts)
+        result.differences += faults
     finally:
         await store.close()
         await engine.dispose()
@@ -221,7 +237,7 @@ async def _look_again(name: str, booking: Booking, outbox: Outbox, engine: Async
         moved = isinstance(before, Snapshot) and isinstance(after, Snapshot) and before.seq < after.seq
         for row in rows:
             if not (moved and isinstance(before, Snapshot) and row.seq > before.seq):
-                fold.add(row, booking.contracts)
+                fold.add(row)
         faults = compare(fold, before, booking.contracts)
     return faults
 
@@ -238,11 +254,32 @@ async def _account_names(store: StateStore) -> list[str]:
     """Every account that has a slot or a balance key."""
     names = {keys.as_text(name) for name in await store.client.lrange(keys.ACCOUNTS, 0, -1)}
     async for key in store.client.scan_iter(match=keys.BALANCE_PATTERN, count=5_000):
-        names.add(keys.as_text(key).split(":")[1])
+        name = keys.as_text(key).removeprefix("account:").removesuffix(":balance")
+        if re.fullmatch(IDENTIFIER_PATTERN, name):
+            names.add(name)
     return sorted(names)
 
 
-async def _folds(engine: AsyncEngine, contracts: Mapping[str, Contract]) -> AsyncIterator[Fold]:
+async def _count_faults(store: StateStore, engine: AsyncEngine, contracts: Mapping[str, Contract]) -> list[str]:
+    """What differs between the counters in Redis and what they count."""
+    faults = []
+    for key, model in ((keys.LIQUIDATIONS, Liquidation), (keys.RECOVERIES, Recovery)):
+        async with engine.connect() as connection:
+            recorded = await connection.scalar(select(func.count()).select_from(model)) or 0
+        counted = keys.as_text(await store.client.get(key) or b"0")
+        if counted != str(recorded):
+            faults.append(f"{key}: is {counted} in Redis, history has {recorded} rows")
+    for symbol in contracts:
+        packed: Any = await store.client.get(keys.quantity_column(symbol)) or b""
+        opened = sum(quantity != 0 for (quantity,) in UNIT.iter_unpack(packed))
+        key = keys.open_positions_key(symbol)
+        counted = keys.as_text(await store.client.get(key) or b"0")
+        if counted != str(opened):
+            faults.append(f"{key}: is {counted}, {opened} accounts have a position")
+    return faults
+
+
+async def _folds(engine: AsyncEngine) -> AsyncIterator[Fold]:
     """The fold of each account in history, one account at a time."""
     fold: Fold | None = None
     async for row in _all_history(engine):
@@ -250,7 +287,7 @@ async def _folds(engine: AsyncEngine, contracts: Mapping[str, Contract]) -> Asyn
             if fold is not None:
                 yield fold
             fold = Fold(Account(row.account_id, Decimal(0)))
-        fold.add(row, contracts)
+        fold.add(row)
     if fold is not None:
         yield fold
 

@@ -24,6 +24,7 @@ from app.reconcile import keep_reconciled
 from app.redis_client import StateStore
 from app.server_process import EmbeddedServerError
 from watchdog.audit import Audit
+from watchdog.invariants import Invariants
 from watchdog.refresh import Refresher
 from watchdog.schedule import guard, start_timer
 from watchdog.server import create_server
@@ -53,9 +54,11 @@ async def watch(settings: Settings) -> None:
         socket_connect_timeout=settings.redis_timeout_seconds,
         health_check_interval=SUBSCRIPTION_HEALTH_SECONDS,
     )
-    outbox = Outbox(store, engine, settings)
+    writer = database.create_engine(stores.database_url, pool_size=database.WRITER_POOL_SIZE)
+    outbox = Outbox(store, writer, settings)
     booking = Booking(store, outbox, settings)
     sweeper, audit = Sweeper(booking, Refresher(booking)), Audit(booking)
+    invariants = Invariants(booking, engine)
 
     async def audit_unless_unavailable() -> None:
         try:
@@ -68,9 +71,19 @@ async def watch(settings: Settings) -> None:
     tasks = [
         asyncio.create_task(sweeper.run(), name="sweeper"),
         asyncio.create_task(listen(subscriber, sweeper), name="subscription"),
-        asyncio.create_task(guard(sweeper, interval_seconds=settings.sweep_interval_seconds), name="guard"),
+        asyncio.create_task(
+            guard(sweeper, interval_seconds=settings.sweep_interval_seconds, scheduler=scheduler), name="guard"
+        ),
         asyncio.create_task(keep_reconciled(store, engine, settings), name="reconcile"),
+        asyncio.create_task(invariants.run(), name="invariants"),
     ]
+
+    def stop_if_failed(task: asyncio.Task[None]) -> None:
+        # None of these ever ends by itself: a watchdog that lacks one must not look alive.
+        if not task.cancelled():
+            log.critical("a task ended; the watchdog stops", task=task.get_name(), error=repr(task.exception()))
+            server.should_exit = True
+
     server = PageServer(
         uvicorn.Config(
             create_server(booking, sweeper),
@@ -82,11 +95,15 @@ async def watch(settings: Settings) -> None:
         )
     )
 
+    for task in tasks:
+        task.add_done_callback(stop_if_failed)
+
     def stop() -> None:
         server.should_exit = True
 
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, invariants.ask)
     log.info("the watchdog starts", page=f"http://{settings.watchdog_host}:{settings.watchdog_port}")
     try:
         await server.serve()
@@ -98,6 +115,7 @@ async def watch(settings: Settings) -> None:
         await outbox.stop()
         await subscriber.aclose()
         await store.close()
+        await writer.dispose()
         await engine.dispose()
 
 

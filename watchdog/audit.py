@@ -1,8 +1,9 @@
 """The audit: walk the user's keys a bounded piece per timer sweep, adopt honest edits, quarantine what cannot be read.
 
-Two walks go on at once: over the slots, which finds keys that were edited or lost, and over the balance keys, which
-finds accounts that were made by hand. With ``n`` accounts both are through after ``n / audit_accounts_per_sweep`` timer
-sweeps: 500 accounts a second by default.
+Two walks go on at once: over the slots, which finds keys that were edited or lost, and over all of Redis' keys, which
+finds accounts that were made by hand. The first is through after ``accounts / audit_accounts_per_sweep`` timer sweeps,
+500 accounts a second by default; the second passes six times as many keys, the operation ids of a day among them. Who
+is in quarantine is looked at again in each step, a bounded number in turn.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Audit:
         self._accounts_per_step = booking.settings.audit_accounts_per_sweep
         self._next_slot = 0
         self._scan_cursor = 0
+        self._quarantined_turn = 0
 
     async def step(self) -> None:
         """One bounded piece of both walks."""
@@ -41,7 +43,10 @@ class Audit:
         )
         self._next_slot = self._next_slot + len(by_slot) if len(by_slot) == self._accounts_per_step else 0
         names = {keys.as_text(name) for name in by_slot} | set(await self._made_by_hand())
-        quarantined = {keys.as_text(name) for name in await self._client.hkeys(keys.QUARANTINED)}
+        quarantined = sorted(keys.as_text(name) for name in await self._client.hkeys(keys.QUARANTINED))
+        self._quarantined_turn = (self._quarantined_turn + self._accounts_per_step) % max(1, len(quarantined))
+        in_turn = [*quarantined[self._quarantined_turn :], *quarantined[: self._quarantined_turn]]
+        names |= set(in_turn[: self._accounts_per_step])
         await asyncio.gather(*(self._check(name, was_quarantined=name in quarantined) for name in sorted(names)))
 
     async def _made_by_hand(self) -> list[str]:

@@ -8,7 +8,7 @@ read and judged again, a few times, and counted overdue if it keeps moving.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Final, Literal
@@ -23,7 +23,7 @@ from app.columns import Chunk, ScreenedChunk, account_names
 from app.evidence import liquidation_body, recovery_body
 from app.history import HistoryEntry
 from app.numbers import format_decimal
-from app.records import encode_position
+from app.records import Snapshot, encode_position
 from app.services import reports, trading
 from app.services.margin import AccountMargin
 from app.services.trading import Account
@@ -77,22 +77,24 @@ class BreachBook:
         self._booking = booking
         self._store = booking.store
 
-    async def settle(self, chunk: Chunk, screened: ScreenedChunk, quarantined: Mapping[int, str]) -> Settled:
-        """Judge every row that the screen lets through, and record what changed."""
-        settled = Settled()
+    async def settle(
+        self, chunk: Chunk, screened: ScreenedChunk, quarantined: Mapping[int, str]
+    ) -> AsyncIterator[Settled]:
+        """Judge every row that the screen lets through and record what changed, a bounded number at a time."""
         in_breach = chunk.breach != 0
         readable = chunk.readable(quarantined)
         # An open breach of a clear candidate changes nothing, so that verdict needs no second look.
         unchanged = readable & in_breach & screened.surely_candidate
-        settled.candidates += int(unchanged.sum())
+        yield Settled(candidates=int(unchanged.sum()))
         survivors = np.flatnonzero(readable & ~unchanged & (screened.may_be_candidate | screened.may_be_restored))
         for first in range(0, len(survivors), VERDICTS_AT_ONCE):
             indices = [int(index) for index in survivors[first : first + VERDICTS_AT_ONCE]]
             names = await account_names(self._store.client, [chunk.first_slot + index for index in indices])
             verdicts = (self._settle_row(chunk, index, name) for index, name in zip(indices, names, strict=True))
+            settled = Settled()
             for one in await asyncio.gather(*verdicts):
                 settled.add(one)
-        return settled
+            yield settled
 
     async def _settle_row(self, chunk: Chunk, index: int, name: str) -> Settled:
         account = chunk.account(index, name)
@@ -102,25 +104,31 @@ class BreachBook:
         return await self._settle(judged)
 
     async def _settle(self, judged: _Judged) -> Settled:
-        """Record a verdict; one that is refused as stale is made again on what the account is now."""
+        """Record a verdict; one that is refused as stale is made again on what the account is now.
+
+        An account that cannot be read is set apart, so that it keeps no other from being judged.
+        """
         name = judged.account.account_id
-        for _ in range(ATTEMPTS_MAX):
-            kind = self._verdict(judged)
-            if kind is None:
-                return Settled(candidates=int(judged.is_candidate))
-            outcome = await self._record(judged, kind)
-            if isinstance(outcome, HistoryEntry):
-                if kind == "liquidation":
-                    return Settled(opened=[outcome], candidates=1)
-                return Settled(ended=[outcome])
-            try:
+        try:
+            for _ in range(ATTEMPTS_MAX):
+                kind = self._verdict(judged)
+                if kind is None:
+                    return Settled(candidates=int(judged.is_candidate))
+                entry = await self._record(judged, kind)
+                if entry is not None and kind == "liquidation":
+                    return Settled(opened=[entry], candidates=1)
+                if entry is not None:
+                    return Settled(ended=[entry])
                 current = await self._judge_again(name)
-            except (errors.AccountQuarantined, errors.UnknownAccount) as error:
-                return Settled(quarantined={name: error.detail})
-            if current is None:
-                return Settled()
-            judged = current
-        log.warning("a verdict is overdue: the account keeps moving", account_id=name)
+                if current is None:
+                    return Settled()
+                judged = current
+        except (errors.AccountQuarantined, errors.UnknownAccount) as error:
+            return Settled(quarantined={name: error.detail})
+        except (errors.OutboxFull, errors.Contended) as error:
+            log.warning("a verdict is overdue", account_id=name, reason=error.detail)
+        else:
+            log.warning("a verdict is overdue: the account keeps moving", account_id=name)
         return Settled(overdue=int(judged.is_candidate and not judged.breach), candidates=int(judged.is_candidate))
 
     def _verdict(self, judged: _Judged) -> Kind | None:
@@ -156,6 +164,7 @@ class BreachBook:
                 keys.ledger_key(name),
                 keys.COLUMN_BREACH,
                 keys.LIQUIDATIONS if kind == "liquidation" else keys.RECOVERIES,
+                keys.ACCOUNTS,
             ],
             [
                 self._store.signature,
@@ -183,12 +192,21 @@ class BreachBook:
             await self._booking.adopt(snapshot)
         snapshot = await self._booking.read(name)
         account = self._booking.parse(snapshot)
-        prices = {symbol: mark.price for symbol, mark in snapshot.marks(self._booking.contracts).items()}
+        prices = self._fresh_prices(snapshot)
         valued = reports.value_account(account, contracts=self._booking.contracts, prices=prices)
         if valued is None:
             return None
         breach = snapshot.breach.id if snapshot.breach else 0
         return _Judged(account, valued, prices, snapshot.mark_version, breach)
+
+    def _fresh_prices(self, snapshot: Snapshot) -> dict[str, Decimal]:
+        """The marks that are not stale: nothing is breached on one that is."""
+        limit_seconds = self._booking.settings.mark_max_age_seconds
+        return {
+            symbol: mark.price
+            for symbol, mark in snapshot.marks(self._booking.contracts).items()
+            if limit_seconds is None or snapshot.now_us - mark.timestamp_us <= limit_seconds * 1_000_000
+        }
 
 
 def _record_texts(account: Account) -> Sequence[str]:

@@ -39,6 +39,12 @@ SWEEP_LAST_SUCCESS: Final = _gauge("sweep_last_success_timestamp_seconds", "When
 OUTBOX_ENTRIES: Final = _gauge("outbox_entries", "Rows of history that wait for Postgres.")
 OUTBOX_OLDEST_AGE: Final = _gauge("outbox_oldest_age_seconds", "Age of the oldest row that waits for Postgres.")
 
+INVARIANTS: Final = ("conservation", "columns", "breaches")
+INVARIANT_VIOLATIONS: Final = _gauge(
+    "invariant_violations", "1 for an invariant that the last check found violated, else 0.", ("invariant",)
+)
+INVARIANTS_CHECKED: Final = _gauge("invariants_checked_timestamp_seconds", "When the invariants were last checked.")
+
 SWEEPS: Final = Counter(
     "plimsoll_sweeps", "Sweeps by what asked for them and how they ended.", ["trigger", "result"], registry=REGISTRY
 )

@@ -31,7 +31,6 @@ class Refresher:
     def __init__(self, booking: Booking) -> None:
         self._booking = booking
         self._next_slot = 0
-        self._last: Swept | None = None
         self._refreshed = -PAUSE_SECONDS
 
     async def refresh(self, swept: Swept) -> None:
@@ -40,7 +39,7 @@ class Refresher:
         Not after every sweep of a flood of marks; the timer's sweep brings what such a pause left out.
         """
         now = time.monotonic()
-        if now - self._refreshed < PAUSE_SECONDS or (self._last is not None and _same(self._last, swept)):
+        if now - self._refreshed < PAUSE_SECONDS:
             return
         self._refreshed = now
         budget = self._booking.settings.refresh_accounts_per_sweep
@@ -48,20 +47,20 @@ class Refresher:
             readable = [index for index in indices if chunk.first_slot + index not in swept.quarantined]
             for first in range(0, len(readable), ACCOUNTS_PER_CALL):
                 await self._write(chunk, readable[first : first + ACCOUNTS_PER_CALL], swept)
-        self._last = swept
 
     def _chosen(self, swept: Swept, budget: int) -> Iterator[tuple[Chunk, list[int]]]:
         """The rows to write by chunk: all if the budget allows, else half of it at most risk, half in turn."""
         accounts = sum(len(chunk) for chunk, _ in swept.chunks)
-        in_turn = set(range(accounts))
-        if accounts > budget:
-            in_turn = {(self._next_slot + step) % accounts for step in range(budget // 2)}
-            self._next_slot = (self._next_slot + budget // 2) % accounts
+        if accounts <= budget:
+            for chunk, _ in swept.chunks:
+                yield chunk, list(range(len(chunk)))
+            return
+        in_turn = [(self._next_slot + step) % accounts for step in range(budget // 2)]
+        self._next_slot = (self._next_slot + budget // 2) % accounts
         for chunk, screened in swept.chunks:
             end = chunk.first_slot + len(chunk)
             chosen = {slot - chunk.first_slot for slot in in_turn if chunk.first_slot <= slot < end}
-            if accounts > budget:
-                chosen |= set(_most_at_risk(screened, max(1, budget * len(chunk) // accounts // 2)))
+            chosen |= set(_most_at_risk(screened, max(1, budget * len(chunk) // accounts // 2)))
             yield chunk, sorted(chosen)
 
     async def _write(self, chunk: Chunk, indices: Sequence[int], swept: Swept) -> None:
@@ -100,20 +99,3 @@ def _most_at_risk(screened: ScreenedChunk, count: int) -> list[int]:
     if count >= len(headroom):
         return list(range(len(headroom)))
     return [int(index) for index in np.argpartition(headroom, count)[:count]]
-
-
-def _same(one: Swept, other: Swept) -> bool:
-    """Whether nothing that the keys show has changed between two sweeps."""
-    return (
-        one.marks.prices == other.marks.prices
-        and len(one.chunks) == len(other.chunks)
-        and all(
-            np.array_equal(before.balance, after.balance)
-            and all(
-                np.array_equal(before.quantity[symbol], after.quantity[symbol])
-                and np.array_equal(before.cost[symbol], after.cost[symbol])
-                for symbol in before.quantity
-            )
-            for (before, _), (after, _) in zip(one.chunks, other.chunks, strict=True)
-        )
-    )

@@ -1,7 +1,7 @@
 """The timer: APScheduler asks for a sweep every interval, and a monotonic guard notices when it did not.
 
 APScheduler follows the wall clock: after a step back it is silent until the clock has caught up. The guard looks at the
-loop's own clock, asks for the sweep that is missing, and counts it.
+loop's own clock, asks for the sweep that is missing, counts it, and sets the timer on the clock as it is now.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from apscheduler.events import EVENT_JOB_MAX_INSTANCES, EVENT_JOB_MISSED, JobEvent
@@ -17,6 +18,7 @@ from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from watchdog import metrics
 from watchdog.sweep import Sweeper
 
+JOB_ID: Final = "sweep"
 LATE_INTERVALS: Final = 1.5
 GUARD_CHECKS_PER_INTERVAL: Final = 4
 
@@ -35,7 +37,7 @@ def start_timer(
         sweep_on_time,
         "interval",
         seconds=interval_seconds,
-        id="sweep",
+        id=JOB_ID,
         coalesce=True,
         max_instances=1,
         misfire_grace_time=None,
@@ -45,13 +47,20 @@ def start_timer(
     return scheduler
 
 
-async def guard(sweeper: Sweeper, *, interval_seconds: float) -> None:
-    """Ask for a sweep whenever none has ended for one and a half intervals of the loop's own clock."""
+async def guard(sweeper: Sweeper, *, interval_seconds: float, scheduler: AsyncIOScheduler | None = None) -> None:
+    """Ask for a sweep whenever none has ended for one and a half intervals of the loop's own clock.
+
+    The timer of ``scheduler`` may be waiting for a time that lies an hour, or a year, ahead of a clock that was set
+    back; what runs after a timer's sweep would wait as long.
+    """
     while True:
         await asyncio.sleep(interval_seconds / GUARD_CHECKS_PER_INTERVAL)
         if not sweeper.running and time.monotonic() - sweeper.last_sign_of_life > LATE_INTERVALS * interval_seconds:
             metrics.SWEEPS_LATE.labels("guard").inc()
             await sweeper.request("guard")
+            if scheduler is not None:
+                next_run = datetime.now(UTC) + timedelta(seconds=interval_seconds)
+                scheduler.modify_job(JOB_ID, next_run_time=next_run)
 
 
 def _count_skipped(event: JobEvent) -> None:

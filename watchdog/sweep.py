@@ -10,8 +10,8 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Final
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
 
 import structlog
 from redis.exceptions import RedisError
@@ -20,13 +20,15 @@ from app import errors, failpoints
 from app import redis_client as keys
 from app.booking import Booking
 from app.columns import Chunk, Marks, ScreenedChunk, Sums, Totals, quarantined_slots, read_chunk, read_marks, screen
+from app.history import FencedError
+from app.outbox import POSTGRES_ERRORS
 from app.services.reports import ACCOUNT_STATES
 from watchdog import metrics
 from watchdog.breaches import BreachBook, Settled
 from watchdog.refresh import Refresher
 
 ADOPTIONS_MAX: Final = 5
-RECORDED_AT_ONCE: Final = 1_000
+LEFT_OVER_READ_AT_ONCE: Final = 1_000
 
 log = structlog.get_logger(__name__)
 
@@ -122,8 +124,10 @@ class Sweeper:
     async def _refresh(self, swept: Swept) -> None:
         try:
             await self._refresher.refresh(swept)
-        except (errors.Unavailable, RedisError) as error:
+        except (errors.Unavailable, RedisError, OSError) as error:
             log.warning("equity and used_margin keys were not refreshed", reason=str(error))
+        except Exception:
+            log.exception("equity and used_margin keys were not refreshed")
 
     async def _sweep(self) -> Swept:
         started = time.monotonic()
@@ -133,27 +137,36 @@ class Sweeper:
         quarantined, without_slot = await quarantined_slots(self._store.client)
         tally = _Tally()
         marks = await self._adopted_marks()
-        versions = [marks.version]
+        versions, epoch = [marks.version], marks.epoch
         first_slot, size = 0, self._settings.sweep_chunk_accounts
+        recording: list[asyncio.Task[None]] = []
         while True:
             chunk = await self._read_chunk(first_slot, size)
             marks = chunk.marks
             versions.append(marks.version)
+            chunk = replace(chunk, marks=marks.fresh(self._settings.mark_max_age_seconds))
             screened = screen(chunk, self._booking.contracts, restore_at=self._settings.restore_at)
-            settled = await self._breaches.settle(chunk, screened, quarantined)
+            settled = Settled()
+            async for part in self._breaches.settle(chunk, screened, quarantined):
+                self.last_sign_of_life = time.monotonic()
+                recording.append(asyncio.create_task(self._record(part, marks)))
+                settled.add(part)
             self._count(tally, chunk, screened, settled, quarantined)
-            self.last_sign_of_life = time.monotonic()
             if len(chunk) < size:
                 break
             first_slot += size
-        await self._record(tally.settled, marks)
+        await asyncio.gather(*recording)
+        _log_transitions(tally.settled)
+        await self._record_left_over(tally.settled)
         for name, reason in tally.settled.quarantined.items():
             await self._store.client.hset(keys.QUARANTINED, name, reason)
-        await self._store.run(
+        answer = await self._store.run(
             keys.SWEPT,
             [keys.STATE_EPOCH, keys.STATE_RUN_ID, keys.STATE_SWEPT],
-            [self._store.signature, min(versions)],
+            [self._store.signature, min(versions), epoch],
         )
+        if answer[0] != "ok":
+            raise errors.StateUnreconciled("another epoch began during the sweep", reason="state_unreconciled")
         metrics.SWEEP_DURATION.observe(time.monotonic() - started)
         return self._summary(tally, marks, min(versions), quarantined, without_slot)
 
@@ -195,19 +208,41 @@ class Sweeper:
         tally.chunks.append((chunk, screened))
 
     async def _record(self, settled: Settled, marks: Marks) -> None:
-        """Wait until the rows this sweep made are in Postgres, or it is known to be away."""
+        """Wait until the rows that some verdicts made are in Postgres, or it is known to be away."""
         answered = time.monotonic()
         new_mark = self.swept is None or marks.version > self.swept.version
         entries = [*settled.opened, *settled.ended]
-        for first in range(0, len(entries), RECORDED_AT_ONCE):
-            recorded = await self._booking.outbox.record(entries[first : first + RECORDED_AT_ONCE])
-            waited_seconds = time.monotonic() - answered
-            for entry in entries[first : first + RECORDED_AT_ONCE]:
-                if recorded and new_mark and entry.kind == "liquidation":
-                    # Redis stamped both the mark and the row, so their difference needs no clock of ours.
-                    before_us = entry.time_us - max(marks.timestamps_us.values())
-                    metrics.MARK_TO_RECORD.observe(max(0.0, before_us / 1_000_000) + waited_seconds)
-        _log_transitions(settled)
+        if not entries or not await self._booking.outbox.record(entries):
+            return
+        waited_seconds = time.monotonic() - answered
+        for entry in settled.opened if new_mark else ():
+            # Redis stamped both the mark and the row, so their difference needs no clock of ours.
+            before_us = entry.time_us - max(marks.timestamps_us.values())
+            metrics.MARK_TO_RECORD.observe(max(0.0, before_us / 1_000_000) + waited_seconds)
+
+    async def _record_left_over(self, settled: Settled) -> None:
+        """Write the breaches that somebody else found: another watchdog, or this one in a sweep that failed.
+
+        Only then is every breach at these marks in Postgres, or Postgres known to be away.
+        """
+        outbox = self._booking.outbox
+        if outbox.postgres_away:
+            return
+        own = {entry.id for entry in (*settled.opened, *settled.ended)}
+        waiting: Any = await self._store.client.xrange(keys.OUTBOX, count=LEFT_OVER_READ_AT_ONCE)
+        others = [
+            entry_id
+            for entry_id, fields in waiting
+            if fields.get(b"kind") in {b"liquidation", b"recovery"} and int(entry_id.partition(b"-")[0]) not in own
+        ]
+        if not others and len(waiting) < LEFT_OVER_READ_AT_ONCE:
+            return
+        try:
+            await outbox.drain()
+        except FencedError as error:
+            raise errors.StateUnreconciled("another epoch began during the sweep", reason="fenced") from error
+        except POSTGRES_ERRORS as error:
+            log.warning("breaches wait for Postgres", error=repr(error))
 
     def _summary(
         self,

@@ -18,6 +18,7 @@ from app.numbers import format_decimal
 from app.routes.context import PROBLEMS, Services, ServicesDependency, json_response
 
 HISTORY_LIMIT_MAX: Final = 1_000
+HISTORY_ID_MAX: Final = 2**63 - 1
 
 router = APIRouter()
 
@@ -40,7 +41,9 @@ async def history_query(
 ) -> HistoryQuery:
     """The page asked for. Raises ``InvalidField`` for a cursor that was not given out."""
     return HistoryQuery(
-        history_filter=HistoryFilter(account_id=account_id, start=_in_utc(start), end=_in_utc(end)),
+        history_filter=HistoryFilter(
+            account_id=account_id, start=_in_utc(start, name="start"), end=_in_utc(end, name="end")
+        ),
         limit=limit,
         cursor=None if cursor is None else _decode_cursor(cursor),
     )
@@ -119,11 +122,19 @@ def _shown(value: object) -> object:
 
 def _decode_cursor(cursor: str) -> Cursor:
     try:
-        microseconds, history_id = urlsafe_b64decode(cursor.encode()).decode().split(":")
-        return UNIX_EPOCH + timedelta(microseconds=int(microseconds)), int(history_id)
+        microseconds, history_id = (int(part) for part in urlsafe_b64decode(cursor.encode()).split(b":"))
+        if not 0 <= history_id <= HISTORY_ID_MAX:
+            raise ValueError(cursor)
+        return UNIX_EPOCH + timedelta(microseconds=microseconds), history_id
     except (ValueError, OverflowError) as error:
         raise errors.InvalidField("no page gave out this cursor", field="cursor") from error
 
 
-def _in_utc(moment: datetime | None) -> datetime | None:
-    return moment.replace(tzinfo=UTC) if moment is not None and moment.tzinfo is None else moment
+def _in_utc(moment: datetime | None, *, name: str) -> datetime | None:
+    """``moment`` in UTC, which it is where it says nothing. Raises ``InvalidField`` for one beyond the calendar."""
+    if moment is None:
+        return None
+    try:
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except OverflowError as error:
+        raise errors.InvalidField(f"{name} lies beyond the calendar", field=name) from error

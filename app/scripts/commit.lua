@@ -12,15 +12,19 @@ local operation_kind = wrong_type(KEYS[5], 'string')
 if operation_kind then return operation_kind end
 if ARGV[7] ~= '' then
   local known = redis.call('GET', KEYS[5])
-  if known then return {'duplicate', known} end
+  if known then
+    if not is_operation(known) then return {'wrong_type', KEYS[5]} end
+    return {'duplicate', known}
+  end
 end
 
 local refused, epoch = refusal(KEYS[1], KEYS[2], ARGV[1])
 if refused then return refused end
-local kinds = {[6] = 'string', [7] = 'hash', [8] = 'hash', [9] = 'string', [10] = 'string', [11] = 'list',
-  [12] = 'string', [13] = 'string', [14] = 'string'}
-for i = 6, 14 do
-  local bad = wrong_type(KEYS[i], kinds[i])
+-- KEYS[9] and KEYS[10] are only ever SET, which takes a key of any type.
+local kinds = {[6] = 'string', [7] = 'hash', [8] = 'hash', [11] = 'list', [12] = 'string', [13] = 'string',
+  [14] = 'string'}
+for i, kind in pairs(kinds) do
+  local bad = wrong_type(KEYS[i], kind)
   if bad then return bad end
 end
 for i = 15, #KEYS do
@@ -44,6 +48,9 @@ end
 local seq = integer_of(ledger[2] or '0')
 local slot = integer_of(ledger[1] or '')
 if not seq or (ledger[1] and not slot) then return {'wrong_type', KEYS[8]} end
+-- A slot that is not the account's own would write into another's row, or far beyond the end.
+if slot and redis.call('LINDEX', KEYS[11], slot) ~= ARGV[2] then return {'wrong_type', KEYS[8]} end
+if ledger[3] and ledger[3] ~= '' and not integer_of(ledger[3]) then return {'wrong_type', KEYS[8]} end
 local touched = {}
 local key = 15
 for i = first, #ARGV, 4 do
@@ -52,7 +59,9 @@ for i = first, #ARGV, 4 do
     local before = redis.call('GETRANGE', KEYS[key], slot * 8, slot * 8 + 7)
     if before ~= '' and before ~= '\0\0\0\0\0\0\0\0' then open = -1 end
   end
-  if not string.match(redis.call('GET', KEYS[key + 2]) or '0', '^%-?%d+$') then return {'wrong_type', KEYS[key + 2]} end
+  if not integer_of(string.gsub(redis.call('GET', KEYS[key + 2]) or '0', '^%-', '')) then
+    return {'wrong_type', KEYS[key + 2]}
+  end
   if ARGV[i + 1] ~= '' then open = open + 1 end
   touched[#touched + 1] = {key, i, open}
   key = key + 3
@@ -88,6 +97,9 @@ if recovery ~= '' then
   redis.call('HSET', KEYS[8], 'breach', '', 'breach_at', '', 'breach_version', ARGV[4])
   redis.call('SETRANGE', KEYS[13], slot * 8, '\0\0\0\0\0\0\0\0')
   redis.call('INCR', KEYS[14])
+end
+if ARGV[3] == 'adjustment' then
+  redis.call('SETRANGE', KEYS[13], slot * 8, struct.pack('<i8', integer_of(ledger[3]) or 0))
 end
 if ARGV[7] ~= '' then redis.call('SET', KEYS[5], text .. '\n' .. time .. '\n' .. ARGV[15], 'EX', ARGV[6]) end
 return {'ok', text, seq, time, recovery, epoch}

@@ -3,9 +3,15 @@
 -- Scripts do not roll back: a command that fails in the middle leaves the writes before it in place. So each script
 -- first reads and checks all it will touch, through the functions below, and only then writes.
 
+-- The whole number that text is, as Redis itself writes it, or nil: INCR takes no '007', and Lua is exact to 2^53.
 local function integer_of(text)
-  if text and string.match(text, '^%d+$') then return tonumber(text) end
+  if text and #text <= 15 and (text == '0' or string.match(text, '^[1-9]%d*$')) then return tonumber(text) end
   return nil
+end
+
+-- Whether text is what an operation id is remembered by: the row's id, its time, its body, a line each.
+local function is_operation(text)
+  return string.match(text, '^%d+\n%d+\n{') ~= nil
 end
 
 -- Answers nil when key holds kind or nothing, else a refusal that names the key.
@@ -29,7 +35,7 @@ local function refusal(epoch_key, run_id_key, signature)
   return nil, epoch[1]
 end
 
--- The id that the next row of history gets, or nil when the counter cannot be read or is behind the outbox.
+-- The id that the next row of history gets, or nil when the counter cannot be read.
 local function next_history_id(last_id_key, outbox_key)
   if wrong_type(last_id_key, 'string') or wrong_type(outbox_key, 'stream') then return nil end
   local last = redis.call('GET', last_id_key)

@@ -12,6 +12,10 @@ for i = 1, 8 do
   if bad then return bad end
 end
 
+local known = redis.call('GET', KEYS[3]) or ''
+if known ~= '' and not is_operation(known) then return {'wrong_type', KEYS[3]} end
+local version = redis.call('GET', KEYS[7]) or '0'
+if not integer_of(version) then return {'wrong_type', KEYS[7]} end
 local ledger = redis.call('HMGET', KEYS[6], 'slot', 'seq', 'breach', 'breach_version', 'breach_at')
 local slot = integer_of(ledger[1])
 local function packed(key)
@@ -26,12 +30,13 @@ for i = 11, #KEYS, 4 do
   local price = ''
   if not wrong_type(KEYS[i], 'string') then price = redis.call('GET', KEYS[i]) or '' end
   local mark = redis.call('HMGET', KEYS[i + 1], 'price', 'timestamp')
+  if mark[2] and not string.match(mark[2], '^%d+$') then return {'wrong_type', KEYS[i + 1]} end
   symbols[#symbols + 1] = {price, mark[1] or '', mark[2] or '', packed(KEYS[i + 2]), packed(KEYS[i + 3])}
 end
 
 return {
-  'ok', redis.call('GET', KEYS[3]) or '', redis.call('GET', KEYS[4]) or '', redis.call('HGETALL', KEYS[5]),
+  'ok', known, redis.call('GET', KEYS[4]) or '', redis.call('HGETALL', KEYS[5]),
   {ledger[1] or '', ledger[2] or '', ledger[3] or '', ledger[4] or '', ledger[5] or ''},
-  redis.call('GET', KEYS[7]) or '0', redis.call('GET', KEYS[8]) or '', now_us(),
+  version, redis.call('GET', KEYS[8]) or '', now_us(),
   packed(KEYS[9]), packed(KEYS[10]), symbols,
 }

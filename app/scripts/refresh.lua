@@ -7,11 +7,9 @@
 local refused = refusal(KEYS[1], KEYS[2], ARGV[1])
 if refused then return refused end
 local columns = tonumber(ARGV[2])
-for i = 3, #KEYS do
-  if i <= columns + 2 then
-    local bad = wrong_type(KEYS[i], 'string')
-    if bad then return bad end
-  end
+for i = 3, columns + 2 do
+  local bad = wrong_type(KEYS[i], 'string')
+  if bad then return bad end
 end
 local changed = 0
 local function put(key, text)

@@ -136,6 +136,8 @@ def divide_half_even(dividend: Decimal, divisor: Decimal, *, places: int = 8) ->
     The quotient is an integer with its remainder, so the rounding sees the true value and not one that was already
     rounded to the precision of a context. Raises ``ZeroDivisionError``.
     """
+    if not divisor:
+        raise ZeroDivisionError(f"{dividend} / {divisor}")
     with localcontext(_DIVISION):
         whole, remainder = divmod(abs(dividend).scaleb(places), abs(divisor))
         twice = 2 * remainder

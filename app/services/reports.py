@@ -288,9 +288,7 @@ class _Rows:
         return self._source.chunks[number], slot - self._starts[number]
 
     def _by_slot(self, request: ReportRequest) -> Sequence[int]:
-        first = 0 if request.cursor is None else int(request.cursor) + 1
-        if first < 0:
-            raise ValueError(request.cursor)
+        first = 0 if request.cursor is None else _slot_of(request.cursor) + 1
         return range(first, sum(len(chunk) for chunk in self._source.chunks))
 
     def _by_margin_ratio(self, request: ReportRequest) -> Sequence[int]:
@@ -299,7 +297,7 @@ class _Rows:
         order = np.lexsort((np.arange(len(ratios)), -ratios))
         if request.cursor is not None:
             ratio, slot = request.cursor.split(":")
-            after = (-ratios[order] > -float(ratio)) | ((ratios[order] == float(ratio)) & (order > int(slot)))
+            after = (-ratios[order] > -float(ratio)) | ((ratios[order] == float(ratio)) & (order > _slot_of(slot)))
             order = order[after]
         return order  # type: ignore[return-value]  # an array of slots is sliced and iterated like a sequence
 
@@ -327,3 +325,10 @@ def _shortfall(candidates: Sequence[Mapping[str, Any]]) -> Decimal:
 
 def _optional(value: Decimal | None) -> str | None:
     return None if value is None else format_decimal(value)
+
+
+def _slot_of(text: str) -> int:
+    """The slot in a cursor. Raises ``ValueError`` for what is none."""
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(text)
+    return int(text)

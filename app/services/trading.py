@@ -284,12 +284,13 @@ def decide_transfer(account: Account, order: TransferOrder, market: Market) -> T
 
 def _deposit_or_less(order: TransferOrder, available: Decimal) -> dict[str, object]:
     """The withdrawal that would pass, or the deposit that would let this one pass."""
-    if available <= 0:
+    withdrawable = _to_step(available, SMALLEST_UNIT, up=False) if available > 0 else ZERO
+    if not withdrawable:
         return errors.deposit_step(order.account_id, _round_up(order.amount - available))
     return {
         "method": "POST",
         "path": f"/accounts/{order.account_id}/withdraw",
-        "body": {"amount": format_decimal(_to_step(available, SMALLEST_UNIT, up=False))},
+        "body": {"amount": format_decimal(withdrawable)},
     }
 
 
@@ -352,7 +353,7 @@ def _check_band(order: TradeOrder, contract: Contract, mark_price: Decimal) -> N
         mark_price=mark_price,
         lowest=lowest,
         highest=highest,
-        next=_same_trade(order, price=nearest),
+        next=_same_trade(order, price=nearest) if nearest and abs(nearest - mark_price) <= allowed else None,
     )
 
 
@@ -368,7 +369,9 @@ def _check_limits(
             f"{format_decimal(contract.position_limit)}",
             required=abs(position.quantity),
             available=contract.position_limit,
-            next=_same_trade(order, quantity=_to_step(room, contract.lot_size, up=False)) if room > 0 else None,
+            next=_same_trade(order, quantity=_to_step(room, contract.lot_size, up=False))
+            if room >= contract.lot_size
+            else None,
         )
     for name, value in (("balance", after.balance), ("cost", position.cost)):
         if abs(value) > AMOUNT_LIMIT:
