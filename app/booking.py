@@ -125,7 +125,7 @@ class Booking:
                 },
             )
 
-        operation = keys.operation_key("transfer", order.account_id, operation_id)
+        operation = keys.operation_key(order.kind, order.account_id, operation_id)
         identity = {"client_transfer_id": operation_id}
         return await self._book("transfer", order.account_id, operation, identity, content, decide)
 

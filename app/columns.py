@@ -293,6 +293,8 @@ async def quarantined_slots(client: Redis) -> tuple[dict[int, str], list[str]]:
     for name, slot in zip(names, slots, strict=True):
         if isinstance(slot, bytes) and slot.isdigit():
             by_slot[int(slot)] = name
+        elif (found := await client.lpos(keys.ACCOUNTS, name)) is not None:
+            by_slot[int(found)] = name  # type: ignore[arg-type]  # one position, as no count was asked for
         else:
             without_slot.append(name)
     return by_slot, without_slot

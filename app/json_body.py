@@ -9,11 +9,12 @@ from typing import Any, Final
 from fastapi import HTTPException, Request, Response
 from fastapi.routing import APIRoute
 
+MEMBER_CHARACTERS_SHOWN: Final = 64
 JSON_TYPE: Final = "application/json"
 
 
 class NumberText(str):
-    """A JSON number as the text it was sent as; no binary float has seen it."""
+    """A JSON number as the text it was sent as; no binary float has seen it. Python's reader takes ``NaN`` for one."""
 
     __slots__ = ()
 
@@ -30,12 +31,12 @@ class ExactJSONRequest(Request):
                     text,
                     parse_float=NumberText,
                     parse_int=NumberText,
-                    parse_constant=_refuse_constant,
+                    parse_constant=NumberText,
                     object_pairs_hook=_object_without_duplicates,
                 )
             except RecursionError as error:
                 raise HTTPException(400, "the body is nested too deeply") from error
-            except UnclearJSONError as error:
+            except DoubledMemberError as error:
                 raise HTTPException(422, str(error)) from error
             except ValueError as error:
                 raise HTTPException(400, f"the body is not JSON in UTF-8: {error}"[:160]) from error
@@ -59,16 +60,14 @@ class ExactJSONRoute(APIRoute):
         return handle_exactly
 
 
-class UnclearJSONError(ValueError):
-    """JSON that can be parsed, and does not say one thing."""
-
-
-def _refuse_constant(name: str) -> None:
-    raise UnclearJSONError(f"{name} is not a number")
+class DoubledMemberError(ValueError):
+    """An object that says two things of one member."""
 
 
 def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) != len(pairs):
-        raise UnclearJSONError("an object names a member twice")
+        names = [name for name, _ in pairs]
+        doubled = next(name for name in names if names.count(name) > 1)
+        raise DoubledMemberError(f"an object names a member twice: {doubled[:MEMBER_CHARACTERS_SHOWN]}")
     return members

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -46,6 +46,9 @@ async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
     stores = locate_stores(settings)
     store, engine = StateStore(stores.redis_url, settings), database.create_engine(stores.database_url)
     writer = database.create_engine(stores.database_url, pool_size=database.WRITER_POOL_SIZE)
+    with suppress(RedisError, OSError):
+        # One that is down is looked at when it has come up, which is a restart.
+        await store.check_durability(allow_unsafe=settings.allow_unsafe_redis)
     outbox = Outbox(store, writer, settings)
     await outbox.start()
     reconciling = asyncio.create_task(keep_reconciled(store, engine, settings), name="reconcile")

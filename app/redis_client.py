@@ -155,7 +155,7 @@ class StateStore:
 
     def __init__(self, redis_url: str, settings: Settings) -> None:
         self.url = redis_url
-        self.signature = f"{LAYOUT_VERSION}:{contracts_digest(settings.contracts)}"
+        self.signature = f"{LAYOUT_VERSION}:{contracts_digest(settings.contracts)}:{settings.restore_at}"
         options: dict[str, Any] = {
             "socket_timeout": settings.redis_timeout_seconds,
             "socket_connect_timeout": settings.redis_timeout_seconds,
@@ -277,6 +277,8 @@ def _raise_refusal(answer: Sequence[Any]) -> None:
             raise errors.StateUnreconciled(
                 "Redis restarted and is being compared with history", reason="state_unreconciled"
             )
+        case "out_of_memory":
+            raise errors.StoreUnavailable("Redis has reached its maxmemory and takes no writes", reason="redis_memory")
         case "outbox_full":
             raise errors.OutboxFull("history waits for Postgres; try again later", reason="outbox_full")
         case "wrong_type":

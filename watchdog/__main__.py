@@ -6,7 +6,7 @@ import asyncio
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import structlog
 import uvicorn
@@ -66,6 +66,9 @@ async def watch(settings: Settings) -> None:
         except (errors.Unavailable, RedisError, OSError) as error:
             log.warning("no audit", reason=str(error))
 
+    with suppress(RedisError, OSError):
+        # One that is down is looked at when it has come up, which is a restart.
+        await store.check_durability(allow_unsafe=settings.allow_unsafe_redis)
     await outbox.start()
     scheduler = start_timer(audit_unless_unavailable, sweeper, interval_seconds=settings.sweep_interval_seconds)
     tasks = [
@@ -126,7 +129,7 @@ def main() -> None:
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(watch(settings))
-    except EmbeddedServerError as error:
+    except (EmbeddedServerError, errors.UnsafeRedis) as error:
         sys.exit(str(error))
 
 

@@ -14,6 +14,7 @@ from typing import Final
 
 from apscheduler.events import EVENT_JOB_MAX_INSTANCES, EVENT_JOB_MISSED, JobEvent
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
+from apscheduler.triggers.interval import IntervalTrigger
 
 from watchdog import metrics
 from watchdog.sweep import Sweeper
@@ -21,6 +22,23 @@ from watchdog.sweep import Sweeper
 JOB_ID: Final = "sweep"
 LATE_INTERVALS: Final = 1.5
 GUARD_CHECKS_PER_INTERVAL: Final = 4
+
+
+class NextInterval(IntervalTrigger):  # type: ignore[misc]
+    """Every so many seconds, and never for a time that has passed.
+
+    APScheduler lists every run it has missed before it merges them into one. After a clock that was set a year ahead
+    that is 31 million of them, and the event loop stands still meanwhile.
+    """
+
+    def get_next_fire_time(self, previous_fire_time: datetime | None, now: datetime) -> datetime | None:
+        """The first whole interval after ``previous_fire_time`` that is still to come."""
+        if previous_fire_time is None:
+            first: datetime | None = super().get_next_fire_time(None, now)
+            return first
+        passed = max(0, (now - previous_fire_time) // self.interval)
+        following: datetime = previous_fire_time + (passed + 1) * self.interval
+        return following
 
 
 def start_timer(
@@ -35,8 +53,7 @@ def start_timer(
     scheduler = AsyncIOScheduler(timezone="UTC")
     scheduler.add_job(
         sweep_on_time,
-        "interval",
-        seconds=interval_seconds,
+        NextInterval(seconds=interval_seconds, timezone=UTC),
         id=JOB_ID,
         coalesce=True,
         max_instances=1,

@@ -297,6 +297,8 @@ class _Rows:
         order = np.lexsort((np.arange(len(ratios)), -ratios))
         if request.cursor is not None:
             ratio, slot = request.cursor.split(":")
+            if np.isnan(float(ratio)):
+                raise ValueError(request.cursor)
             after = (-ratios[order] > -float(ratio)) | ((ratios[order] == float(ratio)) & (order > _slot_of(slot)))
             order = order[after]
         return order  # type: ignore[return-value]  # an array of slots is sliced and iterated like a sequence

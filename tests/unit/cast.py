@@ -42,6 +42,11 @@ NOON_US: Final = 1_767_268_800_000_000
 """2026-01-01T12:00:00Z."""
 
 
+def amounts(*values: str | int) -> tuple[Decimal, ...]:
+    """Several decimals, to compare several with."""
+    return tuple(Decimal(value) for value in values)
+
+
 def holding_btc(account_id: str, *, balance: str, quantity: str = "1", cost: str = "50000") -> Account:
     """An account that holds BTC-PERP and nothing else; ``quantity`` and ``cost`` are below 0 for a short one."""
     return Account(account_id, Decimal(balance), {BTC: Position(Decimal(quantity), Decimal(cost))})
@@ -78,7 +83,7 @@ ERIN_FLAT: Final = Account("erin", Decimal(10_000))
 FRANK_FLAT_OWING_5: Final = Account("frank", Decimal(-5))
 
 
-def market(  # the marks by symbol, in words a table can hold
+def market(
     btc: str | None = "50000",
     eth: str | None = None,
     *,

@@ -180,7 +180,9 @@ def test_float_alone_accepts_what_is_one_unit_short() -> None:
         pytest.param(CAROL_SHORT_1_BTC, buy("0.5", "88000"), "80000", id="short-with-equity-below-zero"),
     ],
 )
-def test_an_account_in_trouble_may_always_reduce_inside_the_band(account: Account, order: TradeOrder, mark: str) -> None:
+def test_an_account_in_trouble_may_always_reduce_inside_the_band(
+    account: Account, order: TradeOrder, mark: str
+) -> None:
     decision = accepted(account, order, market(mark))
     prices = {BTC: Decimal(mark)}
     before = trading.account_margin(account, contracts={BTC: BTC_PERP}, prices=prices)
@@ -191,9 +193,9 @@ def test_an_account_in_trouble_may_always_reduce_inside_the_band(account: Accoun
 @pytest.mark.parametrize(
     ("account", "order", "mark"),
     [
-        # At the line, equity 4,000 = maintenance 4,000. Half sold at 36,000 loses 2,000 and leaves 2,000 = 0.1 x 20,000.
+        # At the line equity is 4,000 = maintenance. Half sold at 36,000 loses 2,000 and leaves 2,000 = 0.1 x 20,000.
         (ALICE_LONG_1_BTC, sell("0.5", "36000"), ALICE_LINE),
-        # At the line, equity 6,000 = maintenance 6,000. Half bought at 66,000 loses 3,000 and leaves 3,000.
+        # At the line equity is 6,000 = maintenance. Half bought at 66,000 loses 3,000 and leaves 3,000.
         (CAROL_SHORT_1_BTC, buy("0.5", "66000"), CAROL_LINE),
     ],
 )

@@ -20,6 +20,7 @@ from tests.unit.cast import (
     ERIN_FLAT,
     ETH,
     FRANK_FLAT_OWING_5,
+    amounts,
     chunk_of,
 )
 
@@ -50,7 +51,7 @@ def test_a_value_is_packed_as_a_little_endian_int64_of_units() -> None:
     assert pack(Decimal("0.00000001")) == b"\x01\0\0\0\0\0\0\0"
     assert pack(Decimal("-0.00000001")) == b"\xff" * 8
     assert pack(Decimal(0)) == NOTHING == b"\0" * 8
-    assert unpack(pack(Decimal("-40000000000"))) == -4 * 10**18
+    assert unpack(pack(Decimal(-40_000_000_000))) == -4 * 10**18
     assert unpack(b"") == 0
 
 
@@ -110,7 +111,7 @@ def test_a_symbol_without_a_mark_counts_its_cash_only() -> None:
 
 def test_totals_of_nobody_are_zero() -> None:
     totals = Sums().value(DAVES_PRICES, CONTRACTS)
-    assert (totals.equity, totals.used_margin, totals.long_notional, totals.short_notional) == (0, 0, 0, 0)
+    assert (totals.equity, totals.used_margin, totals.long_notional, totals.short_notional) == amounts(0, 0, 0, 0)
 
 
 def test_a_column_that_ends_early_holds_zeros_from_there_on() -> None:
@@ -128,8 +129,16 @@ def test_a_column_that_ends_inside_a_value_holds_zero_there() -> None:
 
 def test_marks_are_read_with_their_version_and_what_was_set_by_hand() -> None:
     marks = _marks_from(
-        [b"48000", b"2400.5", b"17"], [[b"48000", b"1767268800000000"], [b"2400", b"1767268700000000"]], CONTRACTS
+        [
+            (1767268800, 5),
+            b"3",
+            [b"48000", b"2400.5", b"17"],
+            [b"48000", b"1767268800000000"],
+            [b"2400", b"1767268700000000"],
+        ],
+        CONTRACTS,
     )
+    assert (marks.read_at_us, marks.epoch) == (1767268800000005, "3")
     assert marks.prices == {BTC: Decimal(48_000), ETH: Decimal("2400.5")}
     assert marks.timestamps_us == {BTC: 1767268800000000, ETH: 1767268700000000}
     assert marks.version == 17
@@ -137,5 +146,5 @@ def test_marks_are_read_with_their_version_and_what_was_set_by_hand() -> None:
 
 
 def test_a_mark_that_is_missing_or_no_price_is_left_out() -> None:
-    marks = _marks_from([None, b"abc", None], [[None, None], [b"2400", b"1"]], CONTRACTS)
+    marks = _marks_from([(0, 0), None, [None, b"abc", None], [None, None], [b"2400", b"1"]], CONTRACTS)
     assert (marks.prices, marks.version, marks.by_hand) == ({}, 0, ())

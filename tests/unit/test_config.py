@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from app.config import Settings, get_settings
 from app.contracts import BTC_PERP, Contract
-from tests.unit.cast import ETH_PERP
+from tests.unit.cast import ETH_PERP, amounts
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "configuration.md"
 
@@ -135,13 +135,13 @@ def test_contracts_are_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_numbers_of_a_contract_may_be_json_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLIMSOLL_CONTRACTS", '[{"symbol": "BTC-PERP", "lot_size": 0.000001, "position_limit": 500}]')
     (contract,) = Settings().contracts
-    assert (contract.lot_size, contract.position_limit) == (Decimal("0.000001"), 500)
+    assert (contract.lot_size, contract.position_limit) == amounts("0.000001", 500)
 
 
 def test_settings_do_not_change_while_a_process_runs() -> None:
     settings = Settings()
     with pytest.raises(ValidationError):
-        settings.api_port = 1
+        settings.api_port = 1  # type: ignore[misc]
 
 
 def test_a_process_reads_its_environment_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ from tests.unit.cast import (
     FRANK_FLAT_OWING_5,
     TICK,
     UNIT,
+    amounts,
 )
 
 
@@ -67,7 +68,7 @@ def test_unrealised_pnl_is_what_closing_at_the_mark_would_earn() -> None:
     long_pnl = margin.unrealised_pnl(quantity=Decimal(2), cost=Decimal(100_000), mark_price=Decimal(51_000))
     # short 2 for 100,000 in all, mark 51,000: -2 x 51,000 + 100,000 = -2,000
     short_pnl = margin.unrealised_pnl(quantity=Decimal(-2), cost=Decimal(-100_000), mark_price=Decimal(51_000))
-    assert (long_pnl, short_pnl) == (2_000, -2_000)
+    assert (long_pnl, short_pnl) == amounts(2_000, -2_000)
 
 
 def test_an_account_with_one_position() -> None:
@@ -75,7 +76,7 @@ def test_an_account_with_one_position() -> None:
     found = valued(ALICE_LONG_1_BTC, "48000")
     assert found.exposure.notional == 48_000
     assert found.exposure.unrealised_pnl == -2_000
-    assert (found.equity, found.used_margin, found.maintenance_margin) == (12_000, 9_600, 4_800)
+    assert (found.equity, found.used_margin, found.maintenance_margin) == amounts(12_000, 9_600, 4_800)
     assert found.free_margin == 12_000 - 9_600
 
 
@@ -90,7 +91,9 @@ def test_an_account_with_two_positions_adds_them_each_at_its_own_rates() -> None
 
 def test_a_flat_account_is_its_balance() -> None:
     found = trading.account_margin(ERIN_FLAT, contracts=CONTRACTS, prices={})
-    assert (found.equity, found.used_margin, found.maintenance_margin, found.free_margin) == (10_000, 0, 0, 10_000)
+    assert (found.equity, found.used_margin, found.maintenance_margin, found.free_margin) == amounts(
+        10_000, 0, 0, 10_000
+    )
     assert found.exposure == NO_EXPOSURE
 
 
@@ -120,7 +123,9 @@ def test_the_same_formula_serves_a_decimal_and_a_column() -> None:
 
 
 def test_exposures_add() -> None:
-    one = Exposure(notional=Decimal(1), unrealised_pnl=Decimal(2), used_margin=Decimal(3), maintenance_margin=Decimal(4))
+    one = Exposure(
+        notional=Decimal(1), unrealised_pnl=Decimal(2), used_margin=Decimal(3), maintenance_margin=Decimal(4)
+    )
     assert one + one == Exposure(Decimal(2), Decimal(4), Decimal(6), Decimal(8))
     assert margin.total_exposure([one, NO_EXPOSURE]) == one
     assert margin.total_exposure([]) == NO_EXPOSURE
@@ -188,9 +193,7 @@ def test_one_predicate_decides_for_decimals_and_for_columns() -> None:
     columns = margin.is_candidate(notional=notional, equity=equity, maintenance_margin=maintenance)
     assert columns.tolist() == [False, False, True]
     assert columns.tolist() == [
-        margin.is_candidate(
-            notional=Decimal(40_000), equity=Decimal(str(value)), maintenance_margin=Decimal(4_000)
-        )
+        margin.is_candidate(notional=Decimal(40_000), equity=Decimal(str(value)), maintenance_margin=Decimal(4_000))
         for value in equity.tolist()
     ]
     restored = margin.is_restored(notional=notional, equity=equity, restore_margin=maintenance)
@@ -307,8 +310,6 @@ def test_a_short_position_that_no_mark_can_save_has_no_liquidation_price() -> No
 
 def test_the_liquidation_price_is_rounded_half_even_and_the_line_is_not() -> None:
     # balance 9,999.99999999 and m - 50,000: 0.9 m = 40,000.00000001, m = 44,444.444444455...; half up and even agree
-    found = liquidation_price(
-        Account("thin", Decimal("9999.99999999"), ALICE_LONG_1_BTC.positions), BTC, {}
-    )
+    found = liquidation_price(Account("thin", Decimal("9999.99999999"), ALICE_LONG_1_BTC.positions), BTC, {})
     assert found == Decimal("44444.44444446")
     assert Fraction(found) != Fraction("40000.00000001") / Fraction("0.9")

@@ -92,6 +92,7 @@ def test_names_say_their_unit_and_only_counters_end_in_total() -> None:
 def test_no_account_is_ever_a_label() -> None:
     assert {label for labels in exported().values() for label in labels} == {
         "state", "symbol", "trigger", "result", "side", "outcome", "code", "route", "method", "status", "reason",
+        "invariant",
     }  # fmt: skip
 
 

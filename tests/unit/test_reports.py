@@ -42,9 +42,7 @@ HEAD = {
 
 
 def report_of(account: Account, prices: Mapping[str, Decimal], breach: OpenBreach | None = None) -> dict[str, Any]:
-    shown = reports.account_report(
-        account, contracts=CONTRACTS, prices=prices, breach=breach, restore_at="initial"
-    )
+    shown = reports.account_report(account, contracts=CONTRACTS, prices=prices, breach=breach, restore_at="initial")
     AccountReport.model_validate(shown)
     return shown
 
@@ -307,9 +305,7 @@ async def test_a_long_report_comes_in_pieces_and_is_one_document() -> None:
     async def names(slots: Sequence[int]) -> list[str]:
         return [many[slot].account_id for slot in slots]
 
-    source = replace(
-        source_of(), chunks=chunks(size=100, accounts=many, breaches=[0] * len(many)), names=names
-    )
+    source = replace(source_of(), chunks=chunks(size=100, accounts=many, breaches=[0] * len(many)), names=names)
     request = ReportRequest(limit=None, cursor=None, order="slot")
     pieces = [piece async for piece in reports.margin_report(source, request, HEAD)]
     assert len(pieces) > 1_001 // reports.ACCOUNTS_PER_PIECE

@@ -97,9 +97,7 @@ def test_a_recovery_is_decided_where_float_is_wrong(account: Account, mark: str,
 
 def test_accounts_away_from_their_lines_need_no_second_look() -> None:
     # At 39,000 Alice is 900 below her line and Carol 17,100 above hers.
-    chunk = chunk_of(
-        [ALICE_LONG_1_BTC, CAROL_SHORT_1_BTC, ERIN_FLAT, FRANK_FLAT_OWING_5], {BTC: Decimal(39_000)}
-    )
+    chunk = chunk_of([ALICE_LONG_1_BTC, CAROL_SHORT_1_BTC, ERIN_FLAT, FRANK_FLAT_OWING_5], {BTC: Decimal(39_000)})
     screened = screen(chunk, CONTRACTS, restore_at="initial")
     assert screened.surely_candidate.tolist() == [True, False, False, False]
     assert screened.may_be_candidate.tolist() == [True, False, False, False]

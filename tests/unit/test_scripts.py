@@ -21,7 +21,20 @@ SCRIPTS = {
 """The sources by name, without their comments."""
 
 WITHOUT_KEY = {"INFO", "TIME", "PUBLISH"}
-READS = {"GET", "GETRANGE", "HGET", "HGETALL", "HLEN", "HMGET", "TYPE", "XLEN", *WITHOUT_KEY}
+READS = {
+    "EXISTS",
+    "GET",
+    "GETRANGE",
+    "HGET",
+    "HGETALL",
+    "HLEN",
+    "HMGET",
+    "LINDEX",
+    "LLEN",
+    "TYPE",
+    "XLEN",
+    *WITHOUT_KEY,
+}
 WRITES = {"DEL", "EXPIRE", "HDEL", "HSET", "INCR", "INCRBY", "RPUSH", "SET", "SETRANGE", "XADD", "XDEL"}
 
 KEY_PARAMETERS = r"(?:\w+_)?key"
@@ -62,7 +75,9 @@ def test_a_local_function_is_handed_its_keys_out_of_keys(name: str) -> None:
             passed = [argument.strip() for argument in re.split(r",(?![^\[]*\])", arguments)]
             for parameter, argument in zip(parameters, passed, strict=False):
                 if re.fullmatch(KEY_PARAMETERS, parameter):
-                    assert re.fullmatch(rf"KEYS\[[^\]]+\]|{KEY_PARAMETERS}", argument), f"{name}: {function}({argument})"
+                    assert re.fullmatch(rf"KEYS\[[^\]]+\]|{KEY_PARAMETERS}", argument), (
+                        f"{name}: {function}({argument})"
+                    )
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -119,9 +134,7 @@ def test_no_script_does_arithmetic_on_what_it_is_given(name: str) -> None:
 
 def test_commands_that_add_are_used_on_counters_only() -> None:
     """Key 9 of a breach and 14 of a commit are counters of breaches, ``key + 2`` counts the accounts that are open."""
-    added = {
-        (name, command, first) for name in SCRIPTS for command, first in calls(SCRIPTS[name]) if "INCR" in command
-    }
+    added = {(name, command, first) for name in SCRIPTS for command, first in calls(SCRIPTS[name]) if "INCR" in command}
     assert added == {
         ("breach", "INCR", "KEYS[9]"),
         ("commit", "INCR", "KEYS[14]"),

@@ -19,6 +19,7 @@ from tests.unit.cast import (
     ERIN_FLAT,
     ETH,
     UNIT,
+    amounts,
     buy,
     market,
     order,
@@ -52,13 +53,13 @@ def test_increasing_a_position_adds_cost_and_realises_nothing() -> None:
     fill = apply(position("0.5", "30000.05"), "0.25", "60100")
     assert fill.position == position("0.75", "45025.05")
     assert average_price(quantity=fill.position.quantity, cost=fill.position.cost) == Decimal("60033.4")
-    assert (fill.realised_pnl, fill.closed, fill.opened) == (0, 0, Decimal("0.25"))
+    assert (fill.realised_pnl, fill.closed, fill.opened) == amounts(0, 0, "0.25")
 
 
 def test_increasing_a_short_position_mirrors_it() -> None:
     fill = apply(position("-0.5", "-30000.05"), "-0.25", "60100")
     assert fill.position == position("-0.75", "-45025.05")
-    assert (fill.realised_pnl, fill.closed, fill.opened) == (0, 0, Decimal("-0.25"))
+    assert (fill.realised_pnl, fill.closed, fill.opened) == amounts(0, 0, "-0.25")
 
 
 def test_reducing_a_long_position_realises_against_its_share_of_the_cost() -> None:
@@ -152,7 +153,7 @@ def test_a_decision_leaves_the_balance_of_an_opening_alone() -> None:
     assert decision.account.balance == 10_000
     assert decision.account.positions == {BTC: position("0.5", "25000")}
     assert decision.mark_price == 50_000
-    assert (decision.margin.equity, decision.margin.used_margin) == (10_000, 5_000)
+    assert (decision.margin.equity, decision.margin.used_margin) == amounts(10_000, 5_000)
 
 
 def test_a_decision_books_realised_pnl_into_the_balance() -> None:

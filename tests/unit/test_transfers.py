@@ -170,5 +170,5 @@ def test_a_withdrawal_without_a_mark_says_which_mark_is_missing() -> None:
 
 def test_a_transfer_leaves_the_positions_alone() -> None:
     for kind in ("deposit", "withdrawal"):
-        decision = trading.decide_transfer(ALICE_LONG_1_BTC, transfer(kind, "1"), market())  # type: ignore[arg-type]
+        decision = trading.decide_transfer(ALICE_LONG_1_BTC, transfer(kind, "1"), market())
         assert decision.account.positions == ALICE_LONG_1_BTC.positions
