@@ -21,6 +21,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help run test check e2e environment lock clean
+.PHONY: faults faults-short mutants
 
 help:  ## list the commands
 	@grep -hE '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -41,6 +42,15 @@ check: environment  ## lint, types, import rules, dependencies, lock file
 
 e2e: environment  ## run the long tests: whole replays through real processes
 	$(BIN)/pytest -m e2e
+
+faults: environment  ## kill, stall and damage everything, and write the table into docs/reliability.md
+	PLIMSOLL_FAULTS_TABLE=docs/reliability.md $(BIN)/pytest -m faults tests/faults
+
+faults-short: environment  ## a few rounds of each fault
+	PLIMSOLL_FAULTS_ROUNDS=short $(BIN)/pytest -m faults tests/faults
+
+mutants: environment  ## break the product one line at a time: each fault's row has to turn red
+	$(BIN)/python -m tests.faults.mutants
 
 lock: $(TOOLS)/installed  ## write poetry.lock again after a change of dependencies
 	$(POETRY) lock

@@ -17,7 +17,6 @@ from sqlalchemy import Numeric, TextClause, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app import redis_client as keys
-from app.answers import RowKind
 from app.history import UNIX_EPOCH
 from app.models import Trade, Transfer
 from app.numbers import format_decimal

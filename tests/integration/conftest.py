@@ -6,10 +6,11 @@ need themselves, and use none of the fixtures on stores of a single test.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, closing
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -73,25 +74,38 @@ async def shared_desk(shared_stores: Stores) -> AsyncIterator[Desk]:
         yield Desk(client)
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def shared_system(shared_stores: Stores) -> AsyncIterator[System]:
-    """One API and one watchdog as processes, with the default settings."""
+@asynccontextmanager
+async def processes(stores: Stores, *, api: bool) -> AsyncIterator[System]:
+    """A watchdog, and an API or not, as processes with the default settings."""
     with tempfile.TemporaryDirectory(prefix="plimsoll-") as directory:
-        running = System(shared_stores, Path(directory))
+        running = System(stores, Path(directory))
+        started = [await running.start_watchdog(wait=False)]
         try:
-            watchdog = await running.start_watchdog(wait=False)
-            await running.start_api()
-            await watchdog.wait_until_ready()
+            if api:
+                started.append(await running.start_api(wait=False))
+            for process in started:
+                await process.wait_until_ready()
             yield running
         finally:
             print(running.logs())  # noqa: T201 - pytest shows it with a failure
+            # Beside the loop, which an API in this process goes on using.
+            for process in started:
+                await asyncio.to_thread(process.terminate)
             await running.stop()
 
 
-@pytest.fixture(scope="module")
-def system_desk(shared_system: System) -> Desk:
-    """A desk at the API of the shared system."""
-    return Desk(shared_system.client)
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_system(shared_stores: Stores) -> AsyncIterator[System]:
+    """One API and one watchdog."""
+    async with processes(shared_stores, api=True) as running:
+        yield running
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def watched_desk(shared_desk: Desk, shared_stores: Stores) -> AsyncIterator[Desk]:
+    """A desk at an API in this process, while one watchdog runs with the default settings."""
+    async with processes(shared_stores, api=False):
+        yield shared_desk
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

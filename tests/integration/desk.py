@@ -11,6 +11,7 @@ from typing import Any, Final, TypeVar
 
 import httpx
 import pytest
+import redis.asyncio
 
 from app.config import Settings, get_settings
 from app.embedded import Stores
@@ -21,6 +22,7 @@ BTC_PERP: Final = "BTC-PERP"
 POLL_SECONDS: Final = 0.01
 PAGE_ITEMS: Final = 500
 PATIENCE_SECONDS: Final = 10.0
+STOP_SECONDS: Final = 5.0
 
 Found = TypeVar("Found")
 
@@ -125,6 +127,11 @@ def outcome(answer: httpx.Response) -> str:
     return f"invalid {problem['field']}" if answer.status_code == 422 else str(problem["code"])
 
 
+async def command(client: redis.asyncio.Redis, *words: str | bytes | int) -> Any:  # noqa: ANN401 - what Redis answers
+    """Have Redis run a command as a user would type it."""
+    return await client.execute_command(*words)  # type: ignore[no-untyped-call]
+
+
 async def eventually(
     check: Callable[[], Awaitable[Found]], what: str, *, within_seconds: float = PATIENCE_SECONDS
 ) -> Found:
@@ -165,4 +172,5 @@ async def api_in_this_process(stores: Stores, **overrides: str) -> AsyncIterator
         async with httpx.AsyncClient(transport=transport, base_url="http://plimsoll") as client:
             yield client
     finally:
-        await lifespan.__aexit__(None, None, None)
+        async with asyncio.timeout(STOP_SECONDS):
+            await lifespan.__aexit__(None, None, None)

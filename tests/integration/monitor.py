@@ -10,6 +10,8 @@ from typing import Any
 
 import redis.asyncio
 
+from tests.integration.desk import command
+
 END = "PING the-monitor-may-stop"
 
 
@@ -49,5 +51,5 @@ async def monitored(redis_url: str) -> AsyncIterator[Seen]:
 
         listening = asyncio.create_task(listen())
         yield seen
-        await client.execute_command(*END.split())
+        await command(client, *END.split())
         await asyncio.wait_for(listening, timeout=10)

@@ -49,42 +49,40 @@ async def cast_of(desk: Desk, side: str, *balances: str) -> Cast:
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def longs(system_desk: Desk) -> Cast:
-    return await cast_of(system_desk, "buy", "10000.40000001", "10000.4", "10000.39999999")
+async def longs(watched_desk: Desk) -> Cast:
+    return await cast_of(watched_desk, "buy", "10000.40000001", "10000.4", "10000.39999999")
 
 
 async def test_equity_below_the_maintenance_margin_by_the_smallest_amount_opens_a_breach_and_equal_equity_none(
-    system_desk: Desk, longs: Cast
+    watched_desk: Desk, longs: Cast
 ) -> None:
-    await system_desk.sweep(MAINTENANCE_LINE)
-    assert await longs.in_breach(system_desk) == (False, False, True)
-    assert [len(await system_desk.breaches(name)) for name in (longs.richer, longs.at_the_line, longs.poorer)] == [
+    await watched_desk.sweep(MAINTENANCE_LINE)
+    assert await longs.in_breach(watched_desk) == (False, False, True)
+    assert [len(await watched_desk.breaches(name)) for name in (longs.richer, longs.at_the_line, longs.poorer)] == [
         0,
         0,
         1,
     ]
 
 
-async def test_a_short_breaches_on_the_same_side_of_its_line(system_desk: Desk) -> None:
+async def test_a_short_breaches_on_the_same_side_of_its_line(watched_desk: Desk) -> None:
     # Short 1 BTC: equity 10,000.6 - 4,546 = 5,454.6 at 54,546, a tenth of it.
-    shorts = await cast_of(system_desk, "sell", "10000.60000001", "10000.6", "10000.59999999")
-    await system_desk.sweep("54546")
-    assert await shorts.in_breach(system_desk) == (False, False, True)
+    shorts = await cast_of(watched_desk, "sell", "10000.60000001", "10000.6", "10000.59999999")
+    await watched_desk.sweep("54546")
+    assert await shorts.in_breach(watched_desk) == (False, False, True)
 
 
-@pytest.mark.parametrize(
-    ("mark", "breached"), [("44444.00000001", False), ("44444", False), ("44443.99999999", True)]
-)
+@pytest.mark.parametrize(("mark", "breached"), [("44444.00000001", False), ("44444", False), ("44443.99999999", True)])
 async def test_the_smallest_step_of_the_mark_over_the_line_opens_a_breach(
-    system_desk: Desk, longs: Cast, mark: str, breached: bool
+    watched_desk: Desk, longs: Cast, mark: str, breached: bool
 ) -> None:
-    await system_desk.sweep(mark)
-    assert len(await system_desk.breaches(longs.at_the_line)) == breached
+    await watched_desk.sweep(mark)
+    assert len(await watched_desk.breaches(longs.at_the_line)) == breached
 
 
-async def test_the_row_of_a_breach_carries_the_figures_it_rests_on(system_desk: Desk, longs: Cast) -> None:
-    version = await system_desk.sweep(MAINTENANCE_LINE)
-    (row,) = await system_desk.breaches(longs.poorer)
+async def test_the_row_of_a_breach_carries_the_figures_it_rests_on(watched_desk: Desk, longs: Cast) -> None:
+    version = await watched_desk.sweep(MAINTENANCE_LINE)
+    (row,) = await watched_desk.breaches(longs.poorer)
     assert row["mark_version"] == version
     assert row["marks"] == {"BTC-PERP": "44444"}
     assert row["positions"] == {"BTC-PERP": {"quantity": "1", "cost": "50000"}}
@@ -92,31 +90,27 @@ async def test_the_row_of_a_breach_carries_the_figures_it_rests_on(system_desk: 
     assert row["equity"] == "4444.39999999"
     assert row["maintenance_margin"] == "4444.4"
     assert row["used_margin"] == "8888.8"
-    assert row["reason"] == (
-        "equity 4444.39999999 is below maintenance margin 4444.4 with 1 BTC-PERP at 44444"
-    )
+    assert row["reason"] == ("equity 4444.39999999 is below maintenance margin 4444.4 with 1 BTC-PERP at 44444")
     assert row["recovered_at"] is None
 
 
 async def test_equity_that_reaches_the_used_margin_by_the_mark_ends_a_breach_and_a_smallest_amount_less_does_not(
-    system_desk: Desk, longs: Cast
+    watched_desk: Desk, longs: Cast
 ) -> None:
-    await system_desk.sweep("44000")
-    assert await longs.in_breach(system_desk) == (True, True, True)
-    await system_desk.sweep(RESTORE_LINE)
-    assert await longs.in_breach(system_desk) == (False, False, True)
-    assert (await system_desk.account(longs.poorer))["state"] == "recovering"
+    await watched_desk.sweep("44000")
+    assert await longs.in_breach(watched_desk) == (True, True, True)
+    await watched_desk.sweep(RESTORE_LINE)
+    assert await longs.in_breach(watched_desk) == (False, False, True)
+    assert (await watched_desk.account(longs.poorer))["state"] == "recovering"
 
 
-@pytest.mark.parametrize(
-    ("mark", "ended"), [("49999.50000001", True), ("49999.5", True), ("49999.49999999", False)]
-)
+@pytest.mark.parametrize(("mark", "ended"), [("49999.50000001", True), ("49999.5", True), ("49999.49999999", False)])
 async def test_the_smallest_step_of_the_mark_short_of_the_line_leaves_a_breach_open(
-    system_desk: Desk, longs: Cast, mark: str, ended: bool
+    watched_desk: Desk, longs: Cast, mark: str, ended: bool
 ) -> None:
-    await system_desk.sweep("44000")
-    await system_desk.sweep(mark)
-    assert len(await system_desk.rows("recoveries", account_id=longs.at_the_line)) == ended
+    await watched_desk.sweep("44000")
+    await watched_desk.sweep(mark)
+    assert len(await watched_desk.rows("recoveries", account_id=longs.at_the_line)) == ended
 
 
 async def breached_at_40000(desk: Desk) -> str:
@@ -139,12 +133,12 @@ async def breached_at_40000(desk: Desk) -> str:
     ],
 )
 async def test_a_deposit_up_to_the_used_margin_ends_a_breach_in_its_own_commit(
-    system_desk: Desk, amount: str, state: str, reasons: list[str]
+    watched_desk: Desk, amount: str, state: str, reasons: list[str]
 ) -> None:
-    account = await breached_at_40000(system_desk)
-    await system_desk.deposit(account, amount)
-    assert (await system_desk.account(account))["state"] == state
-    assert [row["reason"] for row in await system_desk.rows("recoveries", account_id=account)] == reasons
+    account = await breached_at_40000(watched_desk)
+    await watched_desk.deposit(account, amount)
+    assert (await watched_desk.account(account))["state"] == state
+    assert [row["reason"] for row in await watched_desk.rows("recoveries", account_id=account)] == reasons
 
 
 @pytest.mark.parametrize(
@@ -153,31 +147,31 @@ async def test_a_deposit_up_to_the_used_margin_ends_a_breach_in_its_own_commit(
     [("0.750001", "ok"), ("0.75", "ok"), ("0.749999", "recovering")],
 )
 async def test_a_reduction_down_to_what_equity_carries_ends_a_breach_in_its_own_commit(
-    system_desk: Desk, quantity: str, state: str
+    watched_desk: Desk, quantity: str, state: str
 ) -> None:
-    account = await breached_at_40000(system_desk)
-    await system_desk.sell(account, quantity, "40000")
-    assert (await system_desk.account(account))["state"] == state
-    assert len(await system_desk.rows("recoveries", account_id=account)) == (state == "ok")
+    account = await breached_at_40000(watched_desk)
+    await watched_desk.sell(account, quantity, "40000")
+    assert (await watched_desk.account(account))["state"] == state
+    assert len(await watched_desk.rows("recoveries", account_id=account)) == (state == "ok")
 
 
-async def test_going_flat_ends_a_breach_whatever_is_left(system_desk: Desk) -> None:
-    account = await breached_at_40000(system_desk)
+async def test_going_flat_ends_a_breach_whatever_is_left(watched_desk: Desk) -> None:
+    account = await breached_at_40000(watched_desk)
     # The lower edge of the band: 36,000 realises -14,000 of 12,000.
-    await system_desk.sell(account, "1", "36000")
-    shown = await system_desk.account(account)
+    await watched_desk.sell(account, "1", "36000")
+    shown = await watched_desk.account(account)
     assert (shown["balance"], shown["state"], "open_breach" in shown) == ("-2000", "negative_equity", False)
-    (recovery,) = await system_desk.rows("recoveries", account_id=account)
+    (recovery,) = await watched_desk.rows("recoveries", account_id=account)
     assert recovery["reason"] == "a trade left the account flat"
 
 
 async def test_a_breach_that_no_longer_is_a_candidate_stays_open_until_the_used_margin_is_there(
-    system_desk: Desk,
+    watched_desk: Desk,
 ) -> None:
-    account = await breached_at_40000(system_desk)
+    account = await breached_at_40000(watched_desk)
     # Back at 45,000: equity 7,000, above the maintenance margin of 4,500 and below the 9,000 in use.
-    await system_desk.sweep("45000")
-    shown = await system_desk.account(account)
+    await watched_desk.sweep("45000")
+    shown = await watched_desk.account(account)
     assert (shown["state"], shown["candidate"], shown["open_breach"]["restored_at_equity"]) == (
         "recovering",
         False,
@@ -185,9 +179,9 @@ async def test_a_breach_that_no_longer_is_a_candidate_stays_open_until_the_used_
     )
 
 
-async def test_a_flat_account_with_a_negative_balance_is_no_candidate(system_desk: Desk) -> None:
-    account = await breached_at_40000(system_desk)
-    await system_desk.sell(account, "1", "36000")
-    await system_desk.sweep("39000")
-    assert (await system_desk.account(account))["candidate"] is False
-    assert len(await system_desk.breaches(account)) == 1
+async def test_a_flat_account_with_a_negative_balance_is_no_candidate(watched_desk: Desk) -> None:
+    account = await breached_at_40000(watched_desk)
+    await watched_desk.sell(account, "1", "36000")
+    await watched_desk.sweep("39000")
+    assert (await watched_desk.account(account))["candidate"] is False
+    assert len(await watched_desk.breaches(account)) == 1

@@ -127,9 +127,7 @@ async def test_a_refusal_for_margin_tells_the_deposit_that_is_missing_to_the_las
         ("44999.99", OUT_OF_BAND),
     ],
 )
-async def test_a_price_lies_within_a_tenth_of_the_mark(
-    shared_desk: Desk, side: str, price: str, expected: str
-) -> None:
+async def test_a_price_lies_within_a_tenth_of_the_mark(shared_desk: Desk, side: str, price: str, expected: str) -> None:
     account = shared_desk.new_account()
     await shared_desk.mark("50000")
     await shared_desk.deposit(account, "1000000")
@@ -299,9 +297,7 @@ async def test_a_reduction_outside_the_band_is_refused(shared_desk: Desk, price:
     assert outcome(await shared_desk.trade(account, "sell", "1", price)) == OUT_OF_BAND
 
 
-async def test_without_a_mark_not_even_a_reduction_passes(
-    shared_desk: Desk, shared_redis: redis.asyncio.Redis
-) -> None:
+async def test_without_a_mark_not_even_a_reduction_passes(shared_desk: Desk, shared_redis: redis.asyncio.Redis) -> None:
     account = shared_desk.new_account()
     await shared_desk.mark("50000")
     await shared_desk.deposit(account, "10000")

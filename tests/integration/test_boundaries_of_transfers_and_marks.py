@@ -109,9 +109,7 @@ async def test_an_amount_is_at_most_forty_billion(shared_desk: Desk, amount: str
         ("0", BAD_AMOUNT),
     ],
 )
-async def test_an_amount_has_at_most_eight_decimals(
-    shared_desk: Desk, verb: str, amount: str, expected: str
-) -> None:
+async def test_an_amount_has_at_most_eight_decimals(shared_desk: Desk, verb: str, amount: str, expected: str) -> None:
     account = shared_desk.new_account()
     await shared_desk.deposit(account, "1")
     assert outcome(await shared_desk.transfer(verb, account, amount)) == expected

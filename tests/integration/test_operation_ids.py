@@ -131,9 +131,7 @@ async def test_a_transfer_is_replayed_and_conflicts_as_a_trade_does(shared_desk:
 async def test_a_retry_of_a_withdrawal_that_emptied_the_account_is_replayed(shared_desk: Desk) -> None:
     account = shared_desk.new_account()
     await shared_desk.deposit(account, "10")
-    answers = [
-        await shared_desk.transfer("withdraw", account, "10", client_transfer_id="all-of-it") for _ in range(2)
-    ]
+    answers = [await shared_desk.transfer("withdraw", account, "10", client_transfer_id="all-of-it") for _ in range(2)]
     assert [outcome(answer) for answer in answers] == ["booked", "replayed"]
 
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable
 from decimal import Decimal
 from itertools import cycle
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import asyncpg
 import httpx
@@ -268,7 +268,7 @@ async def test_trades_transfers_marks_and_the_watchdog_on_one_account_never_spen
 
 async def rows_with_free_margin(
     connection: asyncpg.Connection, account: str, mark_by_version: dict[int, Decimal]
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """The account's trades and transfers in order, each with the free margin after it at the mark it was decided on."""
     found = await connection.fetch(
         "SELECT seq, 'trade' AS kind, mark_version, balance_after, quantity_after, cost_after FROM trades "

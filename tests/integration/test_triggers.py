@@ -1,4 +1,4 @@
-"""Each trigger of a sweep alone: the mark's message, the timer, the new subscription. A breach is recorded within 2 s."""
+"""Each trigger of a sweep alone: a mark's message, the timer, a new subscription; each has a breach recorded in 2 s."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from redis.exceptions import NoPermissionError
 from app.embedded import Stores
 from tests.conftest import SystemFactory
 from tests.harness import System
-from tests.integration.desk import BTC_PERP, Desk, eventually
+from tests.integration.desk import BTC_PERP, Desk, command, eventually
 
 DEADLINE_SECONDS = 2.0
 
@@ -39,7 +39,7 @@ async def sweeps(system: System, trigger: str) -> float:
 
 
 async def test_with_the_timer_at_60_s_the_message_of_a_mark_has_its_breach_recorded_within_2_s(
-    desk: Desk, system: SystemFactory, postgres: asyncpg.Connection
+    system: SystemFactory, desk: Desk, postgres: asyncpg.Connection
 ) -> None:
     running = await system(api_workers=0, sweep_interval_seconds="60")
     await carol_long_1_btc(desk)
@@ -53,17 +53,17 @@ async def test_with_the_timer_at_60_s_the_message_of_a_mark_has_its_breach_recor
 @pytest.fixture
 async def deaf_user(redis_client: redis.asyncio.Redis, stores: Stores) -> AsyncIterator[str]:
     """The URL of a user of Redis who may do everything but listen to a channel."""
-    await redis_client.execute_command(*"ACL SETUSER deaf on nopass ~* +@all resetchannels".split())
+    await command(redis_client, "ACL SETUSER", "deaf", "on", "nopass", "~*", "+@all", "resetchannels")
     yield stores.redis_url.replace("://", "://deaf:any@", 1)
-    await redis_client.execute_command(*"ACL DELUSER deaf".split())
+    await command(redis_client, "ACL DELUSER", "deaf")
 
 
 async def test_with_pub_sub_cut_the_timer_at_1_s_has_a_breach_recorded_within_2_s(
-    desk: Desk, system: SystemFactory, postgres: asyncpg.Connection, deaf_user: str
+    system: SystemFactory, desk: Desk, postgres: asyncpg.Connection, deaf_user: str
 ) -> None:
     async with redis.asyncio.Redis.from_url(deaf_user) as client, client.pubsub() as subscription:
+        await subscription.subscribe("mark_price")
         with pytest.raises(NoPermissionError):
-            await subscription.subscribe("mark_price")
             await subscription.get_message(timeout=1)
     running = await system(api_workers=0, redis_url=deaf_user, sweep_interval_seconds="1")
     await carol_long_1_btc(desk)
@@ -76,7 +76,7 @@ async def test_with_pub_sub_cut_the_timer_at_1_s_has_a_breach_recorded_within_2_
 
 
 async def test_a_subscription_that_broke_is_made_anew_and_followed_by_a_sweep_of_what_it_may_have_missed(
-    desk: Desk, system: SystemFactory, postgres: asyncpg.Connection, redis_client: redis.asyncio.Redis
+    system: SystemFactory, desk: Desk, postgres: asyncpg.Connection, redis_client: redis.asyncio.Redis
 ) -> None:
     running = await system(api_workers=0, sweep_interval_seconds="60")
     await carol_long_1_btc(desk)
@@ -84,7 +84,7 @@ async def test_a_subscription_that_broke_is_made_anew_and_followed_by_a_sweep_of
     before = await sweeps(running, "subscribe")
     # A mark set by hand sends no message, so only the sweep after the new subscription can find it.
     await redis_client.set(f"mark_price:{BTC_PERP}", "44000")
-    await redis_client.execute_command(*"CLIENT KILL TYPE pubsub".split())
+    await command(redis_client, "CLIENT KILL", "TYPE", "pubsub")
     await recorded_in_time(postgres)
     assert await sweeps(running, "subscribe") == before + 1
     assert await sweeps(running, "timer") == 0
