@@ -18,7 +18,7 @@ from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app import api, database, errors, metrics
+from app import api, background, database, errors, metrics
 from app.booking import Booking
 from app.config import get_settings
 from app.embedded import locate_stores
@@ -61,8 +61,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
     try:
         yield {"services": services}
     finally:
-        reconciling.cancel()
-        await asyncio.gather(reconciling, return_exceptions=True)
+        await background.end([reconciling])
         await outbox.stop()
         await store.close()
         await writer.dispose()

@@ -20,7 +20,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from app import errors, failpoints, metrics
+from app import background, errors, failpoints, metrics
 from app import redis_client as keys
 from app.config import Settings
 from app.history import FencedError, HistoryEntry, write_history
@@ -83,9 +83,7 @@ class Outbox:
         """Write what waits, bounded by one statement's time, then end."""
         if self._waiting and not self.postgres_away:
             await asyncio.wait([answer for _, answer in self._waiting], timeout=self._settings.record_timeout_seconds)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await background.end(self._tasks)
 
     async def record(self, entries: Sequence[HistoryEntry]) -> bool:
         """Wait until ``entries`` are committed in Postgres; False once it is known to be away.

@@ -169,9 +169,8 @@ async def _verify(settings: Settings, stores: Stores) -> Verification:
         for name, snapshot in snapshots.items():
             if faults := compare(Fold(Account(name, Decimal(0))), snapshot, booking.contracts):
                 suspects[name] = faults
-        for name in sorted(suspects):
-            faults = await _look_again(name, booking, outbox, engine, suspects[name])
-            result.differences += [f"{name}: {fault}" for fault in faults]
+        suspects = await _look_again(suspects, booking, outbox, engine)
+        result.differences += [f"{name}: {fault}" for name, faults in sorted(suspects.items()) for fault in faults]
         faults = await _count_faults(store, engine, booking.contracts)
         for _ in range(ATTEMPTS_MAX if faults else 0):
             await asyncio.sleep(RETRY_SECONDS)
@@ -219,27 +218,34 @@ def compare(fold: Fold, found: Found | None, contracts: Mapping[str, Contract]) 
     return faults
 
 
-async def _look_again(name: str, booking: Booking, outbox: Outbox, engine: AsyncEngine, faults: list[str]) -> list[str]:
-    """The faults that stay when the account is read again in an order that lets it move meanwhile.
+async def _look_again(
+    suspects: Mapping[str, list[str]], booking: Booking, outbox: Outbox, engine: AsyncEngine
+) -> dict[str, list[str]]:
+    """The faults that stay when accounts are read again in an order that lets them move meanwhile.
 
     History up to a seq is complete once the outbox was drained after Redis was read, and never ahead of what Redis
     says afterwards.
     """
+    remaining = dict(suspects)
     for _ in range(ATTEMPTS_MAX - 1):
-        if not faults:
+        if not remaining:
             break
         await asyncio.sleep(RETRY_SECONDS)
-        (before,) = await _read(booking, [name])
+        names = sorted(remaining)
+        before = await _read(booking, names)
         await outbox.drain()
-        rows = await _account_history(engine, name)
-        (after,) = await _read(booking, [name])
-        fold = Fold(Account(name, Decimal(0)))
-        moved = isinstance(before, Snapshot) and isinstance(after, Snapshot) and before.seq < after.seq
-        for row in rows:
-            if not (moved and isinstance(before, Snapshot) and row.seq > before.seq):
-                fold.add(row)
-        faults = compare(fold, before, booking.contracts)
-    return faults
+        histories = [await _account_history(engine, name) for name in names]
+        after = await _read(booking, names)
+        remaining = {}
+        for name, first, rows, second in zip(names, before, histories, after, strict=True):
+            fold = Fold(Account(name, Decimal(0)))
+            moved = isinstance(first, Snapshot) and isinstance(second, Snapshot) and first.seq < second.seq
+            for row in rows:
+                if not (moved and isinstance(first, Snapshot) and row.seq > first.seq):
+                    fold.add(row)
+            if faults := compare(fold, first, booking.contracts):
+                remaining[name] = faults
+    return remaining
 
 
 async def _read(booking: Booking, names: Sequence[str]) -> list[Found]:

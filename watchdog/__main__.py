@@ -14,7 +14,7 @@ import uvloop
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from app import database, errors
+from app import background, database, errors
 from app.booking import Booking
 from app.config import Settings, get_settings
 from app.embedded import locate_stores
@@ -112,9 +112,7 @@ async def watch(settings: Settings) -> None:
         await server.serve()
     finally:
         scheduler.shutdown(wait=False)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await background.end(tasks)
         await outbox.stop()
         await subscriber.aclose()
         await store.close()

@@ -38,11 +38,15 @@ Kind = Literal["liquidation", "recovery"]
 
 @dataclass(slots=True)
 class Settled:
-    """What came of the verdicts on some accounts: the rows they made, and the accounts that kept moving."""
+    """What came of the verdicts on some accounts: the rows they made, and the accounts that kept moving.
+
+    ``breaches_more`` is how many more of them are in a breach than when they were read, whoever recorded it.
+    """
 
     opened: list[HistoryEntry] = field(default_factory=list)
     ended: list[HistoryEntry] = field(default_factory=list)
     candidates: int = 0
+    breaches_more: int = 0
     overdue: int = 0
     quarantined: dict[str, str] = field(default_factory=dict)
 
@@ -51,6 +55,7 @@ class Settled:
         self.opened += other.opened
         self.ended += other.ended
         self.candidates += other.candidates
+        self.breaches_more += other.breaches_more
         self.overdue += other.overdue
         self.quarantined |= other.quarantined
 
@@ -108,17 +113,18 @@ class BreachBook:
 
         An account that cannot be read is set apart, so that it keeps no other from being judged.
         """
-        name = judged.account.account_id
+        name, was_in_breach = judged.account.account_id, bool(judged.breach)
         try:
             for _ in range(ATTEMPTS_MAX):
                 kind = self._verdict(judged)
                 if kind is None:
-                    return Settled(candidates=int(judged.is_candidate))
+                    more = bool(judged.breach) - was_in_breach
+                    return Settled(candidates=int(judged.is_candidate), breaches_more=more)
                 entry = await self._record(judged, kind)
                 if entry is not None and kind == "liquidation":
-                    return Settled(opened=[entry], candidates=1)
+                    return Settled(opened=[entry], candidates=1, breaches_more=1 - was_in_breach)
                 if entry is not None:
-                    return Settled(ended=[entry])
+                    return Settled(ended=[entry], breaches_more=-int(was_in_breach))
                 current = await self._judge_again(name)
                 if current is None:
                     return Settled()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
@@ -47,8 +48,10 @@ def start_timer(
     """Sweep every ``interval_seconds``, and run ``after_sweep`` after each; answers the running scheduler."""
 
     async def sweep_on_time() -> None:
-        await sweeper.request("timer")
-        await after_sweep()
+        # At shutdown APScheduler cancels the job and would log that as its failure.
+        with suppress(asyncio.CancelledError):
+            await sweeper.request("timer")
+            await after_sweep()
 
     scheduler = AsyncIOScheduler(timezone="UTC")
     scheduler.add_job(

@@ -203,7 +203,7 @@ class Sweeper:
         in_breach = readable & (chunk.breach != 0)
         flat = readable & ~in_breach & ~screened.is_open
         tally.accounts += int(readable.sum())
-        tally.in_breach += int(in_breach.sum()) + len(settled.opened) - len(settled.ended)
+        tally.in_breach += int(in_breach.sum()) + settled.breaches_more
         tally.negative_equity += int((flat & (chunk.balance < 0)).sum())
         tally.chunks.append((chunk, screened))
 
