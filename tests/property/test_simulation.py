@@ -95,6 +95,8 @@ def test_ten_thousand_steps_and_fifty_crashes_between_each_pair_of_them(
         simulate(arena, examples=50, number=number)
         number += 1
         assert number < 40, f"too few crashes in {short_of()} after {arena.changes}"
+        with capsys.disabled():
+            print(f"\n{sum(arena.changes.values())} steps, {sum(arena.crashes.values())} crashes")  # noqa: T201
     with capsys.disabled():
         print(f"\nsimulation: {arena.examples} examples, {sum(arena.changes.values())} steps {dict(arena.changes)},")  # noqa: T201
         print(f"  beside them without effect: {dict(arena.unchanged)}")  # noqa: T201

@@ -41,6 +41,11 @@ def stops(gaps: tuple[str, ...]) -> st.SearchStrategy[Stop | None]:
     return st.one_of(st.none(), somewhere.filter(lambda stop: stop.passes == 0 or "breach" in stop.gap))
 
 
+def crashes(gaps: tuple[str, ...]) -> st.SearchStrategy[Stop]:
+    """A crash in one of ``gaps``."""
+    return st.builds(Stop, gap=st.sampled_from(gaps), how=st.just("crash"))
+
+
 class Simulation(Driver):
     """Four accounts and whatever may happen to them."""
 
@@ -109,9 +114,54 @@ class Simulation(Driver):
         self.model.set_price(price)
         self._step("edit")
 
+    @rule(account=accounts, stop=crashes(SWEEP_GAPS))
+    def sweep_of_a_new_breach(self, account: str, stop: Stop) -> None:
+        """An account takes all the risk it may, the mark falls, and the sweep that finds it crashes."""
+        self._book(Operation(TransferOrder(account, "deposit", Decimal(5_000)), f"c{len(self.operations)}"), None)
+        held = self.model.oracle.accounts[account]
+        free = self.model.oracle.margin(held).free_margin
+        quantity = (free * 4 / self.model.price).quantize(Decimal("0.01"))
+        if quantity > 0 and self.model.price > 2 * PRICE_MIN:
+            price = self.model.price.quantize(Decimal("0.01"))
+            order = TradeOrder(account, BTC, "buy", quantity, price)
+            self._book(Operation(order, f"t{len(self.operations)}"), None)
+            self._mark((price * 3 / 4).quantize(Decimal("0.01")), None)
+            self._sweep(0, stop)
+        else:
+            self._mark(PRICE_MAX, None)
+
+    @rule(account=accounts, left_at=st.sampled_from(BOOKING_GAPS[1:4]), stop=crashes(DRAIN_GAPS))
+    def drain_of_what_a_crash_left(self, account: str, left_at: str, stop: Stop) -> None:
+        """A process dies with its row in the stream, and who drains that dies too."""
+        operation = Operation(TransferOrder(account, "deposit", Decimal(7)), f"c{len(self.operations)}")
+        self._book(operation, Stop(left_at, "crash"))
+        self._drain(stop)
+
+    @rule(account=accounts, stop=crashes(RECONCILE_GAPS))
+    def roll_forward_that_crashes(self, account: str, stop: Stop) -> None:
+        """Redis loses a deposit that history has, and who reconciles dies half-way."""
+        if self.edited or self.arena.weather.postgres_away:
+            return
+        self._drain(None)
+        self.image = self.run(Image.taken(self.arena))
+        self._book(Operation(TransferOrder(account, "deposit", Decimal(9)), f"c{len(self.operations)}"), None)
+        self._restart(stop, tail_lost=True)
+
+    @rule(account=accounts, amount=amounts, stop=crashes(ADOPTION_GAPS))
+    def audit_that_crashes(self, account: str, amount: Decimal, stop: Stop) -> None:
+        """The audit dies while it adopts an edit."""
+        self.run(self.arena.redis.set(keys.balance_key(account), format_decimal(amount)))
+        self.model.oracle.accounts[account].balance = amount
+        self.edited.add(account)
+        self._step("edit")
+        self._audit(stop)
+
     @rule(which=st.integers(0, WATCHDOGS - 1), stop=stops(SWEEP_GAPS))
     def sweep(self, which: int, stop: Stop | None) -> None:
         """One of the watchdogs sweeps; a paused one holds its verdicts meanwhile."""
+        self._sweep(which, stop)
+
+    def _sweep(self, which: int, stop: Stop | None) -> None:
         ended = self._perform("sweep", self.watchdogs[which], self.watchdogs[which].sweep, stop)
         if ended.paused or ended.crashed:
             self.watchdogs[which] = self.run(self.arena.start())
@@ -123,6 +173,9 @@ class Simulation(Driver):
     @rule(stop=stops(DRAIN_GAPS))
     def drain(self, stop: Stop | None) -> None:
         """What is left over is drained by whoever is alive."""
+        self._drain(stop)
+
+    def _drain(self, stop: Stop | None) -> None:
         ended = self._perform("drain", self.watchdogs[0], self.watchdogs[0].outbox.drain, stop)
         if ended.paused or ended.crashed:
             self.watchdogs[0] = self.run(self.arena.start())
@@ -157,6 +210,9 @@ class Simulation(Driver):
     @rule(stop=stops(RECONCILE_GAPS), tail_lost=st.booleans())
     def redis_restarts(self, stop: Stop | None, tail_lost: bool) -> None:
         """Redis comes back, perhaps without its last writes, all of which history has; somebody reconciles."""
+        self._restart(stop, tail_lost=tail_lost)
+
+    def _restart(self, stop: Stop | None, *, tail_lost: bool) -> None:
         self.at_rest = False
         if tail_lost and self.image is not None and not self.edited:
             self.run(lost_tail(self.arena, self.image))

@@ -1,0 +1,126 @@
+"""One-line mutations of the product, and the row each of them has to turn red."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """``old`` becomes ``new`` in ``file``; the tests that ``rows`` selects (``pytest -k``) must fail."""
+
+    row: str
+    rows: str
+    file: str
+    old: str
+    new: str
+    says: str
+
+
+MUTANTS: Final = (
+    Mutant(
+        "F1",
+        "test_f01",
+        "app/scripts/commit.lua",
+        "if ARGV[7] ~= '' then redis.call('SET', KEYS[5],",
+        "if false then redis.call('SET', KEYS[5],",
+        "operation ids are not remembered: a retry books again",
+    ),
+    Mutant(
+        "F2",
+        "test_f02 and committed",
+        "app/outbox.py",
+        "                if await self.drain(older_than_seconds",
+        "                if False and await self.drain(older_than_seconds",
+        "nobody drains what a dead process left behind",
+    ),
+    Mutant(
+        "F2",
+        "test_f02 and committed",
+        "app/history.py",
+        '"ON CONFLICT (id) DO NOTHING RETURNING id"',
+        '"RETURNING id"',
+        "a row that is there already is an error",
+    ),
+    Mutant(
+        "F6",
+        "test_f06 and killed",
+        "app/redis_client.py",
+        "            if not script.writes:",
+        "            if True:",
+        "a commit that may have been applied is called not sent",
+    ),
+    Mutant(
+        "F7",
+        "test_f06 and power",
+        "app/scripts/guard.lua",
+        "if redis.call('GET', run_id_key) ~= run_id then return {'state_unreconciled'} end",
+        "if false then return {'state_unreconciled'} end",
+        "a Redis that lost its last writes is written to at once",
+    ),
+    Mutant(
+        "F7",
+        "test_f06 and power",
+        "app/history.py",
+        "            if newest != epoch:",
+        "            if False:",
+        "rows of an older epoch are not fenced",
+    ),
+    Mutant(
+        "F7",
+        "test_f06 and power",
+        "app/reconcile.py",
+        "        if last_id < recorded:",
+        "        if False:",
+        "what Redis lost is not rolled forward",
+    ),
+    Mutant(
+        "F9",
+        "test_f09",
+        "app/redis_client.py",
+        "            if not script.writes:",
+        "            if True:",
+        "a commit without an answer is called not sent",
+    ),
+    Mutant(
+        "F12",
+        "test_f12",
+        "app/scripts/guard.lua",
+        "if not integer_of(epoch[1]) then return {'state_missing'} end",
+        "if not epoch[1] then epoch = {'1', 'ready', signature} end",
+        "an empty Redis is taken for a state",
+    ),
+    Mutant(
+        "F12",
+        "test_f12",
+        "app/rebuild.py",
+        "pipeline.set(keys.HISTORY_LAST_ID, newest_id)",
+        "pipeline.set(keys.HISTORY_LAST_ID, 0)",
+        "a rebuilt state gives its ids again",
+    ),
+    Mutant(
+        "F17",
+        "test_f17 and two_and_three",
+        "app/scripts/breach.lua",
+        "if (ledger[3] or '') ~= ARGV[6] then return {'settled'} end",
+        "if ARGV[3] ~= 'liquidation' and (ledger[3] or '') ~= ARGV[6] then return {'settled'} end",
+        "whoever comes second opens the breach again",
+    ),
+    Mutant(
+        "F17",
+        "test_f17 and wakes",
+        "app/scripts/breach.lua",
+        "if last_version > tonumber(ARGV[4]) then return {'stale'} end",
+        "if false then return {'stale'} end",
+        "an old verdict is recorded after the recovery",
+    ),
+    Mutant(
+        "F21",
+        "test_f21 and account",
+        "app/scripts/guard.lua",
+        "if found ~= kind and found ~= 'none' then return {'wrong_type', key} end",
+        "if false then return {'wrong_type', key} end",
+        "types are not checked before anything is touched",
+    ),
+)
