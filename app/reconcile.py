@@ -17,6 +17,7 @@ from redis.exceptions import WatchError
 from sqlalchemy import func, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.orm import InstrumentedAttribute
 
 from app import database, errors, restore
 from app import redis_client as keys
@@ -189,25 +190,24 @@ async def lock_history(connection: AsyncConnection) -> None:
 
 async def newest_history_id(connection: AsyncConnection) -> int:
     """The largest id of any kind of history, 0 for none."""
-    newest = 0
-    for model in HISTORY.values():
-        newest = max(newest, await connection.scalar(select(func.coalesce(func.max(model.id), 0))) or 0)
-    return newest
+    return max([await _largest(connection, model.id) for model in HISTORY.values()])
 
 
 async def newest_mark_version(connection: AsyncConnection) -> int:
     """The largest mark version that any row was decided on, 0 for none."""
-    newest = 0
-    for model in HISTORY.values():
-        newest = max(newest, await connection.scalar(select(func.coalesce(func.max(model.mark_version), 0))) or 0)
-    return newest
+    return max([await _largest(connection, model.mark_version) for model in HISTORY.values()])
+
+
+async def _largest(connection: AsyncConnection, column: InstrumentedAttribute[int]) -> int:
+    """The largest value of ``column``, 0 where there is none."""
+    return await connection.scalar(select(func.coalesce(func.max(column), 0))) or 0
 
 
 async def _newest_epoch(stores: Stores) -> int:
     engine = database.create_maintenance_engine(stores.database_url)
     try:
         async with engine.connect() as connection:
-            return await connection.scalar(select(func.coalesce(func.max(Epoch.epoch), 0))) or 0
+            return await _largest(connection, Epoch.epoch)
     finally:
         await engine.dispose()
 
@@ -270,8 +270,7 @@ async def advance_epoch(
 
     Raises ``StateUnreconciled`` when another process has begun meanwhile: it is that one's part now.
     """
-    newest = await connection.scalar(select(func.coalesce(func.max(Epoch.epoch), 0))) or 0
-    epoch = max(newest, after_epoch) + 1
+    epoch = max(await _largest(connection, Epoch.epoch), after_epoch) + 1
     await connection.execute(
         insert(Epoch).values(epoch=epoch, signature=store.signature, reason=reason, timestamp=datetime.now(UTC))
     )

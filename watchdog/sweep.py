@@ -78,11 +78,6 @@ class Sweeper:
         self.last_sign_of_life = time.monotonic()
         self.running = False
 
-    @property
-    def asked(self) -> bool:
-        """Whether another sweep is due already."""
-        return bool(self._triggers)
-
     def notify(self, trigger: str) -> None:
         """Ask for a sweep of everything that is true now."""
         self._triggers.add(trigger)
