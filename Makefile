@@ -20,8 +20,8 @@ PIP_INDEX := from pip._internal.commands import create_command; \
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check e2e environment lock clean
-.PHONY: faults faults-short mutants
+.PHONY: help run test check sbom e2e environment lock clean
+.PHONY: faults faults-short mutants bench bench-short metrics-table
 
 help:  ## list the commands
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -32,25 +32,42 @@ run: environment  ## start everything on this machine: Redis, Postgres, API, wat
 test: environment  ## run the tests (starts its own Redis and Postgres)
 	$(BIN)/pytest
 
-check: environment  ## lint, types, import rules, dependencies, lock file
+check: environment  ## lint, types, import rules, dependencies, lock file, known vulnerabilities
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/deptry .
 	$(POETRY) check --lock
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive app watchdog
+	$(BIN)/python -m tests.supply_chain audit
+
+sbom: environment  ## write the list of what is shipped to sbom.cdx.json (CycloneDX), offline
+	$(BIN)/python -m tests.supply_chain sbom
 
 e2e: environment  ## run the long tests: whole replays through real processes
 	$(BIN)/pytest -m e2e
 
+# Three processes, for most rows wait more than they work; the simulation goes first because it takes longest.
+FAULTS := tests/faults/test_simulation_at_length.py tests/faults --numprocesses 3 --dist load --maxschedchunk 1
+
 faults: environment  ## kill, stall and damage everything, and write the table into docs/reliability.md
-	PLIMSOLL_FAULTS_TABLE=docs/reliability.md $(BIN)/pytest -m faults tests/faults
+	PLIMSOLL_FAULTS_TABLE=docs/reliability.md $(BIN)/pytest -m faults $(FAULTS)
 
 faults-short: environment  ## a few rounds of each fault
-	PLIMSOLL_FAULTS_ROUNDS=short $(BIN)/pytest -m faults tests/faults
+	PLIMSOLL_FAULTS_ROUNDS=short $(BIN)/pytest -m faults $(FAULTS)
+
+bench: environment  ## measure everything beside something else, and write docs/benchmarks.md (wrk is needed)
+	$(BIN)/python -m tests.bench --document docs/benchmarks.md
+
+bench-short: environment  ## the same, small, on the screen only
+	$(BIN)/python -m tests.bench --quick
 
 mutants: environment  ## break the product one line at a time: each fault's row has to turn red
 	$(BIN)/python -m tests.faults.mutants
+
+metrics-table: environment  ## write the table of docs/metrics.md again after a change of metrics
+	$(BIN)/python -m tests.metrics_document
 
 lock: $(TOOLS)/installed  ## write poetry.lock again after a change of dependencies
 	$(POETRY) lock

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
+from structlog.contextvars import bind_contextvars
 
 from app import errors, metrics, schemas
 from app.booking import Booked
-from app.json_body import ExactJSONRoute
-from app.routes import health, history, margin_report
+from app.routes import halting, health, history, margin_report
 from app.routes.context import PROBLEMS, AccountPath, Services, ServicesDependency, json_response
+from app.security import GuardedRoute, caller_of, needs
 from app.services import reports
 from app.services.trading import TradeOrder, TransferKind, TransferOrder
 
-router = APIRouter(route_class=ExactJSONRoute)
+router = APIRouter(route_class=GuardedRoute)
 
 
 @router.post(
     "/trade",
+    summary="Book a trade",
+    tags=["trading"],
+    openapi_extra=needs("trade", account_keys=True),
     status_code=201,
     responses={
         201: {"model": schemas.TradeAnswer, "description": "Booked"},
@@ -24,10 +28,12 @@ router = APIRouter(route_class=ExactJSONRoute)
         **PROBLEMS,
     },
 )
-async def post_trade(trade: schemas.TradeRequest, to: ServicesDependency) -> Response:
+async def post_trade(trade: schemas.TradeRequest, to: ServicesDependency, request: Request) -> Response:
     """Book a trade. No position is opened or increased without initial margin."""
     outcome = "unavailable"
+    bind_contextvars(account_id=trade.account_id)
     try:
+        caller_of(request).reach.require(trade.account_id)
         booked = await to.booking.book_trade(
             TradeOrder(
                 account_id=trade.account_id,
@@ -47,7 +53,13 @@ async def post_trade(trade: schemas.TradeRequest, to: ServicesDependency) -> Res
     return _booked(booked)
 
 
-@router.post("/mark-price", responses={200: {"model": schemas.MarkAnswer, "description": "Accepted"}, **PROBLEMS})
+@router.post(
+    "/mark-price",
+    summary="Set a mark price",
+    tags=["trading"],
+    openapi_extra=needs("mark"),
+    responses={200: {"model": schemas.MarkAnswer, "description": "Accepted"}, **PROBLEMS},
+)
 async def post_mark_price(mark: schemas.MarkRequest, to: ServicesDependency) -> Response:
     """Set the price at which open positions are valued; every accepted mark is swept."""
     return json_response(await to.booking.marks.set_mark(mark.symbol, mark.price, confirm=mark.confirm))
@@ -55,6 +67,9 @@ async def post_mark_price(mark: schemas.MarkRequest, to: ServicesDependency) -> 
 
 @router.post(
     "/accounts/{account_id}/deposit",
+    summary="Deposit into an account",
+    tags=["trading"],
+    openapi_extra=needs("operate", account_keys=True),
     status_code=201,
     responses={
         201: {"model": schemas.TransferAnswer, "description": "Booked"},
@@ -62,13 +77,20 @@ async def post_mark_price(mark: schemas.MarkRequest, to: ServicesDependency) -> 
         **PROBLEMS,
     },
 )
-async def post_deposit(account_id: AccountPath, transfer: schemas.TransferRequest, to: ServicesDependency) -> Response:
+async def post_deposit(
+    account_id: AccountPath, transfer: schemas.TransferRequest, to: ServicesDependency, request: Request
+) -> Response:
     """Add USDT to an account; the first deposit makes the account."""
+    bind_contextvars(account_id=account_id)
+    caller_of(request).reach.require(account_id)
     return await _transfer("deposit", account_id, transfer, to)
 
 
 @router.post(
     "/accounts/{account_id}/withdraw",
+    summary="Withdraw from an account",
+    tags=["trading"],
+    openapi_extra=needs("operate", account_keys=True),
     status_code=201,
     responses={
         201: {"model": schemas.TransferAnswer, "description": "Booked"},
@@ -76,8 +98,12 @@ async def post_deposit(account_id: AccountPath, transfer: schemas.TransferReques
         **PROBLEMS,
     },
 )
-async def post_withdraw(account_id: AccountPath, transfer: schemas.TransferRequest, to: ServicesDependency) -> Response:
+async def post_withdraw(
+    account_id: AccountPath, transfer: schemas.TransferRequest, to: ServicesDependency, request: Request
+) -> Response:
     """Take USDT out of an account, at most ``min(balance, free margin)``."""
+    bind_contextvars(account_id=account_id)
+    caller_of(request).reach.require(account_id)
     return await _transfer("withdrawal", account_id, transfer, to)
 
 
@@ -98,13 +124,18 @@ def _booked(booked: Booked) -> Response:
 
 @router.get(
     "/positions/{account_id}",
+    summary="Show an account and its positions",
+    tags=["risk"],
+    openapi_extra=needs("read", account_keys=True),
     responses={
         200: {"model": schemas.AccountReport, "description": "The account at the live marks"},
         **{status: PROBLEMS[status] for status in (404, 422, 503)},
     },
 )
-async def get_positions(account_id: AccountPath, to: ServicesDependency) -> Response:
+async def get_positions(account_id: AccountPath, to: ServicesDependency, request: Request) -> Response:
     """One account, computed from its record and the live marks."""
+    bind_contextvars(account_id=account_id)
+    caller_of(request).reach.require(account_id)
     try:
         snapshot = await to.booking.read(account_id)
         account = to.booking.parse(snapshot)
@@ -122,5 +153,5 @@ async def get_positions(account_id: AccountPath, to: ServicesDependency) -> Resp
     )
 
 
-for resource in (margin_report, history, health):
+for resource in (margin_report, history, halting, health):
     router.include_router(resource.router)

@@ -7,10 +7,13 @@ commands of one batch are independent: nothing relies on their order.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from typing import Any, Final
 
+import hiredis
 from redis.asyncio import ConnectionPool
+from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -26,24 +29,40 @@ class NotSentError(RedisConnectionError):
     """No connection could be had: the command was not sent, so it was not applied."""
 
 
-class Batcher:
-    """Sends what ``execute`` is given during one loop turn as one pipeline, without retries."""
+class NotReplicatedError(RedisConnectionError):
+    """Too few replicas have confirmed the write in time: it is lost if they outlive the master."""
 
-    def __init__(self, pool: ConnectionPool, *, timeout_seconds: float) -> None:
+
+class Batcher:
+    """Sends what ``execute`` is given during one loop turn as one pipeline, without retries.
+
+    With ``replicas``, a batch that has to outlive the master ends in a WAIT for so many of them.
+    """
+
+    def __init__(self, pool: ConnectionPool, *, timeout_seconds: float, replicas: int = 0) -> None:
         self._pool = pool
         self._timeout_seconds = timeout_seconds
+        self._wait: Command = ("WAIT", replicas, int(timeout_seconds * 1000 / 2)) if replicas else ()
+        self.replicas = replicas
         self._waiting: deque[tuple[Command, asyncio.Future[Any]]] = deque()
+        self._to_replicate: set[asyncio.Future[Any]] = set()
         self._scheduled = False
         self._pipelines: set[asyncio.Task[None]] = set()
 
-    def execute(self, *command: str | bytes | float) -> asyncio.Future[Any]:
+    def execute(self, *command: str | bytes | float, replicated: bool = False) -> asyncio.Future[Any]:
         """The answer to ``command``, as redis-py parses it, with bytes left as bytes.
 
+        One to be ``replicated`` is answered once the replicas have all that it has written, or seen.
+
         Raises ``ResponseError`` for Redis's own refusal, ``NotSentError`` when no connection could be had, and a
-        redis ``ConnectionError`` or ``TimeoutError`` when the command was sent and its outcome is unknown.
+        redis ``ConnectionError`` or ``TimeoutError`` when the command was sent and its outcome is unknown; one of
+        these is ``NotReplicatedError``.
         """
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Any] = loop.create_future()
+        if replicated and self.replicas:
+            self._to_replicate.add(answer)
+            answer.add_done_callback(self._to_replicate.discard)
         self._waiting.append((command, answer))
         if not self._scheduled:
             self._scheduled = True
@@ -70,8 +89,9 @@ class Batcher:
 
     async def _send(self, batch: list[tuple[Command, asyncio.Future[Any]]]) -> None:
         try:
-            connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]
-        except (RedisConnectionError, RedisTimeoutError, OSError) as error:
+            async with asyncio.timeout(self._timeout_seconds):
+                connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]
+        except (RedisConnectionError, RedisTimeoutError, OSError, TimeoutError) as error:
             _fail([answer for _, answer in batch], NotSentError(str(error)))
             self._fail_waiting(str(error))
             return
@@ -79,36 +99,65 @@ class Batcher:
             _fail([answer for _, answer in batch], NotSentError(repr(error)))
             raise
         unanswered = deque(answer for _, answer in batch)
+        commands = [command for command, _ in batch]
+        held: list[tuple[asyncio.Future[Any], Any]] = []
+        if waits := not self._to_replicate.isdisjoint(unanswered):
+            commands.append(self._wait)
         try:
+            # One time bounds the whole pipeline, so that no answer needs a timer of its own.
             async with asyncio.timeout(self._timeout_seconds):
-                await connection.send_packed_command(connection.pack_commands([command for command, _ in batch]))
+                # The stub of pack_command means a tuple of any length and says one of length 1.
+                packed = [hiredis.pack_command(command) for command in commands]  # type: ignore[arg-type]
+                await connection.send_packed_command(packed)
                 while unanswered:
                     try:
-                        response = await connection.read_response()
+                        response = await connection.read_response(timeout=math.inf)
                     except ResponseError as error:
                         _fail([unanswered.popleft()], error)
                     else:
                         answer = unanswered.popleft()
-                        if not answer.done():
+                        if answer in self._to_replicate:
+                            held.append((answer, response))
+                        elif not answer.done():
                             answer.set_result(response)
+                if waits:
+                    self._release(held, confirmed=await _replicas_in(connection))
         except (RedisConnectionError, RedisTimeoutError, OSError, TimeoutError) as error:
             # The answers that are missing may still arrive on this connection: it must not serve anybody else.
             await connection.disconnect(nowait=True)
-            _fail(unanswered, RedisTimeoutError(str(error) or "no answer in time"))
+            _fail([*unanswered, *(answer for answer, _ in held)], RedisTimeoutError(str(error) or "no answer in time"))
             self._fail_waiting(str(error) or "Redis does not answer")
         except BaseException as error:
             # Our mistake, or the end of the loop: whoever waits must hear of it all the same.
             await connection.disconnect(nowait=True)
-            _fail(unanswered, RedisTimeoutError(f"the call failed: {error!r}"))
+            _fail([*unanswered, *(answer for answer, _ in held)], RedisTimeoutError(f"the call failed: {error!r}"))
             raise
         finally:
             await self._pool.release(connection)
+
+    def _release(self, held: list[tuple[asyncio.Future[Any], Any]], *, confirmed: int) -> None:
+        """Give the answers that waited for the replicas, if enough of those have ``confirmed``."""
+        if confirmed < self.replicas:
+            _fail(
+                [answer for answer, _ in held], NotReplicatedError(f"{confirmed} of {self.replicas} replicas have it")
+            )
+        for answer, response in held:
+            if not answer.done():
+                answer.set_result(response)
 
     def _fail_waiting(self, reason: str) -> None:
         """Give up what has not been sent when Redis stalls: waiting its turn would only pile it up."""
         waiting = [answer for _, answer in self._waiting]
         self._waiting.clear()
         _fail(waiting, NotSentError(reason))
+
+
+async def _replicas_in(connection: AbstractConnection) -> int:
+    """The answer to WAIT; a master that has been made a replica has none itself."""
+    try:
+        return int(await connection.read_response())
+    except ResponseError:
+        return 0
 
 
 def _fail(answers: list[asyncio.Future[Any]] | deque[asyncio.Future[Any]], error: Exception) -> None:

@@ -19,6 +19,7 @@ from redis.exceptions import RedisError
 
 from app import answers, errors, metrics
 from app import redis_client as keys
+from app.column_repair import ColumnRepair
 from app.config import Settings
 from app.contracts import Contract
 from app.evidence import recovery_body, shown_record
@@ -26,6 +27,7 @@ from app.history import HistoryEntry
 from app.marks import MarkBook
 from app.numbers import format_decimal
 from app.outbox import Outbox
+from app.recent import Basis, KnownAccount, Recent
 from app.records import NOTHING, RecordError, Snapshot, encode_position, pack, snapshot_from
 from app.redis_client import StateStore
 from app.services import trading
@@ -71,7 +73,13 @@ class Booking:
         self.settings = settings
         self.contracts: Mapping[str, Contract] = {contract.symbol: contract for contract in settings.contracts}
         self.marks = MarkBook(store, self.contracts, jump_max=settings.mark_jump_max)
+        self.column_repair = ColumnRepair(store, self.contracts)
+        self.recent = Recent()
         self._symbols = list(self.contracts)
+        self._columns = {
+            symbol: (keys.quantity_column(symbol), keys.cost_column(symbol), keys.open_positions_key(symbol))
+            for symbol in self.contracts
+        }
 
     async def book_trade(self, order: TradeOrder, *, client_trade_id: str | None) -> Booked:
         """Book ``order`` once. Raises the refusal or fault that kept it from being booked."""
@@ -147,7 +155,7 @@ class Booking:
                 keys.COLUMN_BREACH,
                 *(key for symbol in self._symbols for key in _symbol_keys(symbol)),
             ],
-            [self.store.signature],
+            [self.store.signature, *(keys.ledger_position(symbol) for symbol in self._symbols)],
         )
         return snapshot_from(account_id, self._symbols, answer)
 
@@ -158,11 +166,7 @@ class Booking:
                 f"account:{snapshot.account_id}:balance is gone, and history knows the account", reason="balance"
             )
         if not snapshot.exists:
-            raise errors.UnknownAccount(
-                f"there is no account {snapshot.account_id}; a deposit makes it",
-                account_id=snapshot.account_id,
-                next=errors.deposit_step(snapshot.account_id, Decimal(1000)),
-            )
+            raise errors.unknown_account(snapshot.account_id)
         try:
             return snapshot.account(self.contracts)
         except RecordError as error:
@@ -170,7 +174,7 @@ class Booking:
 
     def market(self, snapshot: Snapshot) -> Market:
         """What a decision on ``snapshot`` is made against."""
-        return Market(
+        market = Market(
             contracts=self.contracts,
             marks=snapshot.marks(self.contracts),
             mark_version=snapshot.mark_version,
@@ -178,14 +182,30 @@ class Booking:
             mark_max_age_seconds=self.settings.mark_max_age_seconds,
             halted=snapshot.halted,
         )
+        # How old a mark is only a read can tell.
+        if self.settings.mark_max_age_seconds is None:
+            self.recent.keep_market(market, {symbol: texts[0] for symbol, texts in snapshot.mark_texts.items()})
+        return market
+
+    def basis(self, snapshot: Snapshot, account: Account) -> Basis:
+        """What a decision on ``account``, as ``snapshot`` has it, is made on."""
+        return Basis(
+            account=account,
+            market=self.market(snapshot),
+            balance_text=snapshot.balance_text,
+            fields=snapshot.fields,
+            seq_text=snapshot.seq_text,
+            breach_text=snapshot.breach_text,
+            has_slot=snapshot.slot is not None,
+        )
 
     async def adopt(self, snapshot: Snapshot) -> bool:
-        """Book the difference between the record and its packed row as an adjustment, and repair the row.
+        """Book the difference between the record and what history knows as an adjustment.
 
-        False when the account moved meanwhile. Raises as ``parse`` does.
+        False when the account moved meanwhile. Raises as ``parse`` does, and ``ColumnsShort``.
         """
         account = self.parse(snapshot)
-        before = snapshot.packed_account()
+        before = snapshot.known_account()
         change = _Change(
             kind="adjustment",
             adds_risk=False,
@@ -199,7 +219,7 @@ class Booking:
                 "positions_after": shown_record(account),
             },
         )
-        entries = await self._commit(snapshot, before, change, operation="", market=self.market(snapshot))
+        entries = await self._commit(self.basis(snapshot, before), change, operation="")
         if isinstance(entries, list):
             metrics.ADJUSTMENTS.inc()
             log.warning("adopted an edit by hand", account_id=account.account_id, balance=str(account.balance))
@@ -232,30 +252,38 @@ class Booking:
         content: Mapping[str, str],
         decide: Callable[[Account, Market], _Change],
     ) -> Booked:
-        """Read, decide, commit, until the account held still."""
+        """Decide and commit on what this process knows, if it knows the account; else read first, until it held still.
+
+        What is known is a guess: nothing is refused on it, and the commit compares all that it rests on.
+        """
+        guess = self.recent.take(account_id)
         for _ in range(ATTEMPTS_MAX):
-            snapshot = await self.read(account_id, operation=operation)
-            if snapshot.operation:
-                return await self._replayed(kind, account_id, snapshot.operation, content, identity)
-            by_hand = snapshot.marks_set_by_hand(self.contracts)
-            for symbol in by_hand:
-                await self.marks.adopt(symbol)
-            if by_hand:
-                continue
-            if content.get("kind") == "deposit" and not snapshot.exists and not snapshot.balance_lost:
-                account = Account(account_id, balance=trading.ZERO)
-            else:
-                account = self.parse(snapshot)
-                if not snapshot.agrees(account):
-                    await self.adopt(snapshot)
+            basis, guess = guess, None
+            if basis is None:
+                snapshot = await self.read(account_id, operation=operation)
+                if snapshot.operation:
+                    return await self._replayed(kind, account_id, operation, snapshot.operation, content, identity)
+                basis = await self._basis_read(snapshot, creates=content.get("kind") == "deposit")
+                if basis is None:
                     continue
-            market = self.market(snapshot)
-            change = decide(account, market)
-            committed = await self._commit(snapshot, account, change, operation=operation, market=market)
+            try:
+                change = decide(basis.account, basis.market)
+            except errors.Refusal:
+                if basis.guessed:
+                    continue
+                raise
+            try:
+                committed = await self._commit(basis, change, operation=operation)
+            except errors.ColumnsShort:
+                await self._rebuild_columns()
+                continue
             if isinstance(committed, bytes):
-                return await self._replayed(kind, account_id, committed, content, identity)
+                return await self._replayed(kind, account_id, operation, committed, content, identity)
             if committed is None:
-                metrics.CONFLICTS.inc()
+                if basis.guessed:
+                    self.recent.forget_market()
+                else:
+                    metrics.CONFLICTS.inc()
                 continue
             recorded = await self.outbox.record(committed)
             if not recorded:
@@ -271,14 +299,36 @@ class Booking:
             return Booked("booked", answer)
         raise errors.Contended(f"account {account_id} changed under {ATTEMPTS_MAX} attempts", reason="contended")
 
+    async def _basis_read(self, snapshot: Snapshot, *, creates: bool) -> Basis | None:
+        """What to decide on after a read; None where an edit by hand had to be adopted first: then read again."""
+        by_hand = snapshot.marks_set_by_hand(self.contracts)
+        for symbol in by_hand:
+            await self.marks.adopt(symbol)
+        if by_hand:
+            return None
+        if creates and not snapshot.exists and not snapshot.balance_lost:
+            return self.basis(snapshot, Account(snapshot.account_id, balance=trading.ZERO))
+        account = self.parse(snapshot)
+        try:
+            if not snapshot.agrees(account):
+                await self.adopt(snapshot)
+                return None
+        except errors.ColumnsShort:
+            await self._rebuild_columns()
+            return None
+        return self.basis(snapshot, account)
+
+    async def _rebuild_columns(self) -> None:
+        await self.column_repair.rebuild(patience_seconds=self.settings.redis_timeout_seconds / 2)
+
     async def _require_booked(self, operation: str, history_id: int) -> None:
-        """Before a row that Postgres has not taken is acknowledged: Redis must still know it.
+        """Before a row that Postgres has not taken is acknowledged: Redis must still know it, and its replicas too.
 
         A Redis that came back without its last writes does not, and then nobody does.
         """
         remembered: bytes | None = None
         with suppress(RedisError, OSError):
-            remembered = await self.store.batcher.execute("GET", operation)
+            remembered = await self.store.batcher.execute("GET", operation, replicated=True)
         if remembered is None or int(remembered.partition(b"\n")[0]) != history_id:
             raise errors.OutcomeUnknown(
                 "the row is not in history yet and Redis cannot vouch for it; ask for the operation id",
@@ -289,13 +339,14 @@ class Booking:
         self,
         kind: answers.RowKind,
         account_id: str,
-        operation: bytes,
+        operation: str,
+        remembered: bytes,
         content: Mapping[str, str],
         identity: Mapping[str, str],
     ) -> Booked:
         """The first result of an operation id, if it was used for the same content."""
         try:
-            history_id, time_us, body = operation.split(b"\n", 2)
+            history_id, time_us, body = remembered.split(b"\n", 2)
             row = orjson.loads(body)
             first = answers.content_of(kind, row)
         except (ValueError, KeyError, TypeError) as error:
@@ -309,34 +360,42 @@ class Booking:
                 next={"resend": "the same request with a new operation id, or without one"},
                 **identity,
             )
+        recorded = await self.outbox.is_recorded(kind, int(history_id))
+        if not recorded:
+            await self._require_booked(operation, int(history_id))
         answer = answers.operation_answer(
             kind,
             account_id,
             history_id=int(history_id),
             time_us=int(time_us),
             row=row,
-            recorded=await self.outbox.is_recorded(kind, int(history_id)),
+            recorded=recorded,
         )
         return Booked("replayed", answer)
 
-    async def _commit(
-        self, snapshot: Snapshot, before: Account, change: _Change, *, operation: str, market: Market
-    ) -> list[HistoryEntry] | bytes | None:
-        """Commit ``change`` if the account is still as it was read.
+    async def _commit(self, basis: Basis, change: _Change, *, operation: str) -> list[HistoryEntry] | bytes | None:
+        """Commit ``change`` if the account is still as ``basis`` has it.
 
         Answers the rows of history it made, the operation's first result if it was booked before, or None if the
-        account moved.
+        account, or what was guessed, has moved.
         """
-        after, version = change.after, snapshot.mark_version
+        before, after = basis.account, change.after
+        account_id, version = after.account_id, basis.market.mark_version
         touched = [
             symbol
             for symbol in self._symbols
-            if change.kind == "adjustment" or after.position(symbol) != before.position(symbol)
+            # A new slot is the next in every column.
+            if change.kind == "adjustment" or not basis.has_slot or after.position(symbol) != before.position(symbol)
         ]
-        limit = self.settings.outbox_soft_limit if change.adds_risk else self.settings.outbox_hard_limit
+        encoded = {
+            symbol: b"" if position == FLAT else encode_position(position).encode()
+            for symbol in touched
+            for position in (after.position(symbol),)
+        }
+        marks = [symbol for symbol in basis.mark_texts or () if symbol in after.positions or symbol in touched]
+        balance_text = format_decimal(after.balance).encode()
         body = orjson.dumps({"mark_version": version, **change.row})
-        recovery = self._recovery(snapshot, change, market)
-        account_id = snapshot.account_id
+        recovery = self._recovery(basis, change)
         answer = await self.store.run(
             keys.COMMIT,
             [
@@ -354,32 +413,34 @@ class Booking:
                 keys.COLUMN_BALANCE,
                 keys.COLUMN_BREACH,
                 keys.RECOVERIES,
-                *(
-                    key
-                    for symbol in touched
-                    for key in (keys.quantity_column(symbol), keys.cost_column(symbol), keys.open_positions_key(symbol))
-                ),
+                keys.MARK_VERSION,
+                keys.STATE_HALTED,
+                *(key for symbol in touched for key in self._columns[symbol]),
+                *(keys.mark_price_key(symbol) for symbol in marks),
             ],
             [
                 self.store.signature,
                 account_id,
                 change.kind,
                 version,
-                limit,
+                self.settings.outbox_soft_limit if change.adds_risk else self.settings.outbox_hard_limit,
                 self.settings.operation_ttl_seconds,
                 "remember" if operation else "",
-                snapshot.balance_text,
-                snapshot.seq_text,
-                snapshot.breach_text,
-                format_decimal(after.balance),
+                basis.balance_text,
+                basis.seq_text,
+                basis.breach_text,
+                balance_text,
                 pack(after.balance),
                 format_decimal(change.margin.equity) if change.margin else "",
                 format_decimal(change.margin.used_margin) if change.margin else "",
                 body,
                 recovery,
-                len(snapshot.fields) // 2,
-                *snapshot.fields,
-                *(item for symbol in touched for item in _touched_arguments(symbol, after.position(symbol))),
+                basis.epoch,
+                len(touched),
+                *(item for symbol in touched for item in (symbol, encoded[symbol], *_packed(after.position(symbol)))),
+                len(basis.fields) // 2,
+                *basis.fields,
+                *((basis.mark_texts or {})[symbol] for symbol in marks),
             ],
         )
         if answer[0] == "duplicate":
@@ -389,24 +450,27 @@ class Booking:
         _, history_id, seq, time_us, recovery_id, epoch = answer
         entry = HistoryEntry(int(history_id), change.kind, account_id, seq, int(epoch), int(time_us), body)
         if not recovery_id:
+            if not basis.breach_text:
+                fields = _fields_after(basis.fields, encoded)
+                self.recent.keep(KnownAccount(after, balance_text, fields, b"%d" % seq, epoch))
             return [entry]
         return [
             entry,
             HistoryEntry(int(recovery_id), "recovery", account_id, seq + 1, int(epoch), int(time_us), recovery),
         ]
 
-    def _recovery(self, snapshot: Snapshot, change: _Change, market: Market) -> bytes:
+    def _recovery(self, basis: Basis, change: _Change) -> bytes:
         """The recovery row of a change that restores an account in breach, else nothing."""
-        if snapshot.breach is None or change.margin is None or change.kind == "adjustment":
+        if not basis.breach_text or change.margin is None or change.kind == "adjustment":
             return b""
         if not trading.is_restored(change.margin, restore_at=self.settings.restore_at):
             return b""
         return recovery_body(
             change.after,
             change.margin,
-            prices={symbol: mark.price for symbol, mark in market.marks.items()},
-            mark_version=snapshot.mark_version,
-            liquidation_id=snapshot.breach.id,
+            prices={symbol: mark.price for symbol, mark in basis.market.marks.items()},
+            mark_version=basis.market.mark_version,
+            liquidation_id=int(basis.breach_text),
             cause=f"a {change.row.get('kind', change.kind)}",
         )
 
@@ -420,7 +484,12 @@ def _symbol_keys(symbol: str) -> tuple[str, str, str, str]:
     )
 
 
-def _touched_arguments(symbol: str, position: Position) -> tuple[str | bytes, ...]:
-    if position == FLAT:
-        return (symbol, "", NOTHING, NOTHING)
-    return (symbol, encode_position(position), pack(position.quantity), pack(position.cost))
+def _packed(position: Position) -> tuple[bytes, bytes]:
+    return (NOTHING, NOTHING) if position == FLAT else (pack(position.quantity), pack(position.cost))
+
+
+def _fields_after(fields: tuple[bytes, ...], encoded: Mapping[str, bytes]) -> tuple[bytes, ...]:
+    """The fields of a positions hash after a commit: ``encoded`` by symbol, nothing for a flat position."""
+    held = dict(zip(fields[::2], fields[1::2], strict=True))
+    held.update({symbol.encode(): text for symbol, text in encoded.items()})
+    return tuple(item for field in held.items() if field[1] for item in field)

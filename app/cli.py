@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import re
 import shutil
 import signal
 import sys
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from app.embedded import Stores
 
 GRACEFUL_SHUTDOWN_SECONDS = 10
+SCOPES_HELP = "read, trade, mark or operate; more than once for more."
+ACCOUNTS_HELP = "An account, a prefix such as 'desk-*', or '*'; more than once for more. (Default: every account.)"
 
 app = typer.Typer(
     name="plimsoll",
@@ -28,6 +32,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+keys = typer.Typer(name="keys", help="API keys: who may do what while PLIMSOLL_AUTH=on.", no_args_is_help=True)
+app.add_typer(keys)
 
 
 @app.command()
@@ -48,13 +54,23 @@ def up(
 def api() -> None:
     """Serve the REST API."""
     with _plain_errors():
+        import structlog
         import uvicorn
 
-        from app.supervisor import say
+        from app.logging import configure_logging
+        from app.security import require_keys_beyond_loopback
         from app.up import base_url
 
-        settings, _stores = _located()
-        say(f"the API starts on {base_url(settings.api_host, settings.api_port)}")
+        settings = _settings()
+        # uvicorn speaks before the application does, and of several workers it is their parent that speaks.
+        configure_logging(settings.log_level, process="api")
+        log = structlog.get_logger(__name__)
+        require_keys_beyond_loopback(settings, host=settings.api_host, variable="PLIMSOLL_API_HOST")
+        _located()
+        if settings.auth == "off":
+            who = "whoever reaches it may do anything" if settings.allow_keyless else "only this machine is served"
+            log.warning("the API asks for no keys (PLIMSOLL_AUTH=off)", served=who)
+        log.info("the API starts", url=base_url(settings.api_host, settings.api_port))
         metrics_directory = _share_metrics(settings.api_workers)
         # uvicorn hands the signal on when it has finished; the directory is removed then.
         signal.signal(signal.SIGTERM, lambda _signal, _frame: sys.exit(0))
@@ -65,7 +81,7 @@ def api() -> None:
                 port=settings.api_port,
                 workers=settings.api_workers,
                 loop="uvloop",
-                http="httptools",
+                http="app.http_protocol:BoundedHttpProtocol",
                 log_config=None,
                 log_level="warning",
                 access_log=False,
@@ -129,7 +145,7 @@ def rebuild() -> None:
 def reset(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Empty both stores: every account, position, mark and row of history."""
+    """Empty both stores: every account, position, mark, row of history and API key."""
     with _plain_errors(), _maintained() as (settings, stores):
         from app import reconcile
 
@@ -139,6 +155,52 @@ def reset(
             typer.confirm("Delete all state and all history in both?", abort=True)
         reconcile.reset(settings, stores)
         typer.echo("both stores are empty")
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON array, for a program.")] = False,
+) -> None:
+    """Look at both stores, the clocks, the outbox and the sweeps, and say how to mend what is wrong."""
+    with _plain_errors():
+        import json
+        from dataclasses import asdict
+
+        from app import doctor as examination
+
+        findings = examination.examine(*_located())
+        if as_json:
+            typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+        else:
+            for line in examination.lines(findings):
+                typer.echo(line)
+    if any(finding.level == "fail" for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def halt(
+    reason: Annotated[str, typer.Option("--reason", help="For the record.")],
+) -> None:
+    """Halt trading: refuse trades that open and withdrawals. Works while the API is down."""
+    with _plain_errors():
+        from app import halts
+
+        shown = halts.from_the_command(halts.halt, *_located(), reason=reason)
+        recorded = "" if shown["recorded"] else " (not on record yet)"
+        typer.echo(f"trading is halted since {shown['since'] or 'it was set by hand'}{recorded}")
+
+
+@app.command()
+def resume(
+    reason: Annotated[str, typer.Option("--reason", help="For the record.")],
+) -> None:
+    """Resume trading."""
+    with _plain_errors():
+        from app import halts
+
+        halts.from_the_command(halts.resume, *_located(), reason=reason)
+        typer.echo("trading goes on")
 
 
 @app.command()
@@ -158,6 +220,10 @@ def replay(
     end: Annotated[datetime | None, typer.Option("--end", help="Bars before this, in UTC.")] = None,
     log: Annotated[
         Path | None, typer.Option("--log", help="Write each request and answer here, as JSON lines.")
+    ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option("--key", help="The API key. (Default: PLIMSOLL_API_KEY, which no list of processes shows.)"),
     ] = None,
 ) -> None:
     """Play recorded bars as marks through the REST API, against accounts that trade as they go."""
@@ -179,9 +245,64 @@ def replay(
                 start=start and start.replace(tzinfo=UTC),
                 end=end and end.replace(tzinfo=UTC),
                 log=log,
+                api_key=key or (settings.api_key.get_secret_value() if settings.api_key else None),
             )
         )
     raise typer.Exit(code)
+
+
+@keys.command()
+def create(
+    scope: Annotated[list[str], typer.Option("--scope", help=SCOPES_HELP)],
+    name: Annotated[str, typer.Option("--name", help="Whose it is, for the list.")],
+    account: Annotated[list[str] | None, typer.Option("--account", help=ACCOUNTS_HELP)] = None,
+) -> None:
+    """Make a key and print it, once: nothing can show it again."""
+    with _plain_errors(), _maintained() as (_settings, stores):
+        from app import api_keys
+
+        key_id, key = asyncio.run(
+            api_keys.with_engine(
+                stores.database_url,
+                lambda engine: api_keys.create_key(
+                    engine, name=name, scopes=scope, accounts=account or [], now=datetime.now(UTC)
+                ),
+            )
+        )
+        typer.echo(f"key {key_id} is made; this is the only time it is shown", err=True)
+        typer.echo(key)
+
+
+@keys.command("list")
+def list_keys() -> None:
+    """List every key there ever was, without its secret."""
+    with _plain_errors(), _maintained() as (_settings, stores):
+        from app import api_keys
+
+        rows = [("id", "scopes", "accounts", "created", "revoked", "name")]
+        for key in asyncio.run(api_keys.with_engine(stores.database_url, api_keys.list_keys)):
+            times = [moment.isoformat(timespec="seconds") if moment else "-" for moment in (key.created, key.revoked)]
+            rows.append((key.id, ",".join(key.scopes), ",".join(key.accounts), times[0], times[1], key.name))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+@keys.command()
+def revoke(key_id: Annotated[str, typer.Argument(help="The key's id, as the list shows it.")]) -> None:
+    """Revoke a key for good; every process refuses it within PLIMSOLL_KEYS_REFRESH_SECONDS."""
+    with _plain_errors(), _maintained() as (settings, stores):
+        from app import api_keys
+
+        known = asyncio.run(
+            api_keys.with_engine(
+                stores.database_url, lambda engine: api_keys.revoke_key(engine, key_id, now=datetime.now(UTC))
+            )
+        )
+        if not known:
+            typer.echo(f"plimsoll: there is no key {key_id}", err=True)
+            raise typer.Exit(1)
+        typer.echo(f"key {key_id} is revoked; refused everywhere within {settings.keys_refresh_seconds:g} s")
 
 
 def _settings() -> Settings:
@@ -217,9 +338,13 @@ def _located() -> tuple[Settings, Stores]:
     from app.config import get_settings
     from app.embedded import locate_stores
 
-    stores = locate_stores(get_settings())
-    os.environ["PLIMSOLL_REDIS_URL"] = stores.redis_url
-    os.environ["PLIMSOLL_DATABASE_URL"] = stores.database_url
+    settings = get_settings()
+    stores = locate_stores(settings)
+    # What was configured is found again where it stands: a secret out of a file is not for the environment.
+    if settings.redis_url is None:
+        os.environ["PLIMSOLL_REDIS_URL"] = stores.redis_url
+    if settings.database_url is None:
+        os.environ["PLIMSOLL_DATABASE_URL"] = stores.database_url
     get_settings.cache_clear()
     return get_settings(), stores
 
@@ -234,9 +359,8 @@ def _share_metrics(workers: int) -> Path | None:
 
 
 def _without_password(url: str) -> str:
-    from sqlalchemy.engine import make_url
-
-    return make_url(url).render_as_string(hide_password=True)
+    """``url`` to be shown; it may name several hosts, and hold a password of the store's and one of its sentinels."""
+    return re.sub("(password=)[^&]*", r"\1***", re.sub("(//[^:@/]*):[^/]*@", r"\1:***@", url))
 
 
 @contextmanager
@@ -245,37 +369,13 @@ def _plain_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        message = _message(error)
+        from app.start_refusal import reason_of
+
+        message = reason_of(error)
         if message is None:
             raise
         typer.echo(f"plimsoll: {message}", err=True)
         raise typer.Exit(1) from None
-
-
-def _message(error: Exception) -> str | None:
-    """The words for a user's mistake or an absent server; None for anything else."""
-    import httpx
-    import psycopg2
-    import redis
-    from pydantic import ValidationError
-    from sqlalchemy.exc import OperationalError
-
-    from app.errors import PlimsollError
-    from app.server_process import EmbeddedServerError
-
-    if isinstance(error, ValidationError):
-        return "\n".join(
-            f"PLIMSOLL_{'_'.join(str(part) for part in item['loc']).upper()}: {item['msg']}" for item in error.errors()
-        )
-    if isinstance(error, OperationalError | psycopg2.OperationalError):
-        return f"Postgres: {' '.join(str(getattr(error, 'orig', None) or error).split())}"
-    if isinstance(error, redis.ConnectionError | redis.TimeoutError):
-        return f"Redis: {error}"
-    if isinstance(error, httpx.TransportError):
-        return f"the API does not answer: {error}"
-    if isinstance(error, EmbeddedServerError | PlimsollError):
-        return str(error)
-    return None
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ comes with the marks and the mark version in one MULTI, so that no row is torn a
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any, Final
@@ -26,7 +26,13 @@ from app.services.trading import Account, Position
 
 INT64: Final = np.dtype("<i8")
 ROUNDING_ERROR_RELATIVE: Final = 2.0**-48
-"""More than float64 can lose in one symbol, relative to the sum of what was added up: ten roundings of 2**-53 or so."""
+"""More than float64 can lose in one symbol, relative to the sum of what was added up: a dozen roundings of 2**-53."""
+
+SCREEN_BLOCK_ROWS: Final = 16_384
+"""Of so many rows everything that the screen computes stays in a megabyte of cache."""
+
+NAMES_SKIPPED_MAX: Final = 64
+"""A name in a range costs this much less than a name asked for by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +82,17 @@ class Chunk:
         }
         return Account(account_id, from_units(int(self.balance[index])), positions)
 
+    def rows(self, chosen: slice | NDArray[np.intp]) -> Chunk:
+        """Some of the rows, at the same marks, without their place in the columns."""
+        return Chunk(
+            first_slot=-1,
+            balance=self.balance[chosen],
+            breach=self.breach[chosen],
+            quantity={symbol: column[chosen] for symbol, column in self.quantity.items()},
+            cost={symbol: column[chosen] for symbol, column in self.cost.items()},
+            marks=self.marks,
+        )
+
     def readable(self, quarantined: Iterable[int]) -> Flags:
         """Which rows are of accounts whose keys can be read: all but those in the slots ``quarantined``."""
         flags = np.ones(len(self), dtype=np.bool_)
@@ -92,18 +109,25 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class ScreenedChunk:
-    """A chunk valued in float64. Verdicts are not made here: a flag says that Decimal has to look.
+    """What float64 says of a chunk. Verdicts are not made here: a flag says that Decimal has to look.
 
     ``may_be_candidate`` and ``may_be_restored`` miss no account; ``surely_candidate`` holds no account that is none.
     ``unvalued`` marks the rows with an open position that has no mark: nothing is breached on a missing one.
     """
 
-    valued: AccountMargin[Column]
+    chunk: Chunk
+    contracts: Mapping[str, Contract]
     is_open: Flags
+    in_breach: Flags
     unvalued: Flags
     surely_candidate: Flags
     may_be_candidate: Flags
     may_be_restored: Flags
+
+    @property
+    def valued(self) -> AccountMargin[Column]:
+        """Every row valued in float64, in USDT. Computed anew each time it is asked for: a sweep does without."""
+        return value_rows(self.chunk, self.contracts)[0]
 
 
 @dataclass(slots=True)
@@ -119,12 +143,13 @@ class Sums:
         """Add every row of ``chunk``."""
         self.balance += _exact_sum(chunk.balance)
         for symbol, quantity in chunk.quantity.items():
-            for sums, column in (
-                (self.quantity_long, np.maximum(quantity, 0)),
-                (self.quantity_short, np.minimum(quantity, 0)),
-                (self.cost, chunk.cost[symbol]),
+            both, long = _exact_sum(quantity), _exact_sum(np.maximum(quantity, 0))
+            for sums, units in (
+                (self.quantity_long, long),
+                (self.quantity_short, both - long),
+                (self.cost, _exact_sum(chunk.cost[symbol])),
             ):
-                sums[symbol] = sums.get(symbol, 0) + _exact_sum(column)
+                sums[symbol] = sums.get(symbol, 0) + units
 
     @exact
     def value(self, prices: Mapping[str, Decimal], contracts: Mapping[str, Contract]) -> Totals:
@@ -171,51 +196,86 @@ class Totals:
 
 
 def screen(chunk: Chunk, contracts: Mapping[str, Contract], *, restore_at: str) -> ScreenedChunk:
-    """Value every row of ``chunk`` at its marks, with room for what float64 rounds away."""
+    """Flag the rows of ``chunk`` at its marks, with room for what float64 rounds away.
+
+    A first look, a block at a time that stays in the processor's cache, leaves one room for all rows of the block, and
+    so lets a few too many through. The second look, at those and at the rows in breach, leaves each row its own.
+    """
     count = len(chunk)
-    zeros = np.zeros(count)
-    balance = chunk.balance.astype(np.float64) / UNITS_PER_ONE
-    exposure: Exposure[Column] = Exposure(zeros, zeros, zeros, zeros)
-    magnitude = np.abs(balance)
-    unvalued = np.zeros(count, dtype=np.bool_)
-    is_open = np.zeros(count, dtype=np.bool_)
-    for symbol, quantity_units in chunk.quantity.items():
-        open_here = quantity_units != 0
-        if not open_here.any():
-            continue
-        is_open |= open_here
-        price = chunk.marks.prices.get(symbol)
-        if price is None:
-            unvalued |= open_here
-            continue
-        quantity = quantity_units.astype(np.float64) / UNITS_PER_ONE
-        cost = chunk.cost[symbol].astype(np.float64) / UNITS_PER_ONE
-        here = margin.position_exposure(
-            quantity=quantity,
+    screened = ScreenedChunk(chunk, contracts, *(np.zeros(count, dtype=np.bool_) for _ in range(6)))
+    np.not_equal(chunk.breach, 0, out=screened.in_breach)
+    for symbol, quantity in chunk.quantity.items():
+        open_here = quantity != 0
+        np.logical_or(screened.is_open, open_here, out=screened.is_open)
+        if symbol not in chunk.marks.prices:
+            np.logical_or(screened.unvalued, open_here, out=screened.unvalued)
+    looked_at = screened.in_breach.copy()
+    for first in range(0, count, SCREEN_BLOCK_ROWS):
+        block = slice(first, first + SCREEN_BLOCK_ROWS)
+        valued, magnitude = value_rows(chunk.rows(block), contracts, one_magnitude=True)
+        looked_at[block] |= _may_be_candidate(valued, _room(magnitude, contracts))
+    (rows,) = np.nonzero(looked_at & ~screened.unvalued)
+    valued, magnitude = value_rows(chunk.rows(rows), contracts)
+    room, exposure = _room(magnitude, contracts), valued.exposure
+    screened.may_be_candidate[rows] = _may_be_candidate(valued, room)
+    screened.surely_candidate[rows] = margin.is_candidate(
+        notional=exposure.notional, equity=valued.equity + room, maintenance_margin=exposure.maintenance_margin
+    )
+    screened.may_be_restored[rows] = screened.in_breach[rows] & margin.is_restored(
+        notional=exposure.notional,
+        equity=valued.equity + room,
+        restore_margin=exposure.used_margin if restore_at == "initial" else exposure.maintenance_margin,
+    )
+    return screened
+
+
+def value_rows(
+    chunk: Chunk, contracts: Mapping[str, Contract], *, one_magnitude: bool = False
+) -> tuple[AccountMargin[Column], Column]:
+    """Every row in float64, in USDT, and the sum of what was added up for it, or one that no row's exceeds.
+
+    A symbol without a mark is left out.
+    """
+    size: Callable[[Column], Any] = _largest if one_magnitude else np.abs
+    balance = _in_usdt(chunk.balance)
+    magnitude, exposure = size(balance), None
+    for symbol, price in chunk.marks.prices.items():
+        cost = _in_usdt(chunk.cost[symbol])
+        here: Exposure[Column] = margin.position_exposure(
+            quantity=_in_usdt(chunk.quantity[symbol]),
             cost=cost,
             mark_price=_for_every_row(price),
             initial_rate=_for_every_row(contracts[symbol].initial_rate),
             maintenance_rate=_for_every_row(contracts[symbol].maintenance_rate),
         )
-        exposure = exposure + here
-        magnitude = magnitude + here.notional + np.abs(cost)
-    valued = AccountMargin(balance=balance, exposure=exposure)
-    equity, room = valued.equity, magnitude * (ROUNDING_ERROR_RELATIVE * len(contracts))
-    maintenance = exposure.maintenance_margin
-    restore = exposure.used_margin if restore_at == "initial" else maintenance
-    known, in_breach = ~unvalued, chunk.breach != 0
-    return ScreenedChunk(
-        valued=valued,
-        is_open=is_open,
-        unvalued=unvalued,
-        surely_candidate=known
-        & margin.is_candidate(notional=exposure.notional, equity=equity + room, maintenance_margin=maintenance),
-        may_be_candidate=known
-        & margin.is_candidate(notional=exposure.notional, equity=equity - room, maintenance_margin=maintenance),
-        may_be_restored=known
-        & in_breach
-        & margin.is_restored(notional=exposure.notional, equity=equity + room, restore_margin=restore),
+        exposure = here if exposure is None else exposure + here
+        magnitude = magnitude + size(here.notional) + size(cost)
+    if exposure is None:
+        zeros = np.zeros(len(chunk))
+        exposure = Exposure(zeros, zeros, zeros, zeros)
+    return AccountMargin(balance=balance, exposure=exposure), magnitude
+
+
+def _may_be_candidate(valued: AccountMargin[Column], room: Column) -> Flags:
+    return margin.is_candidate(
+        notional=valued.exposure.notional,
+        equity=valued.equity - room,
+        maintenance_margin=valued.exposure.maintenance_margin,
     )
+
+
+def _room(magnitude: Column, contracts: Mapping[str, Contract]) -> Column:
+    return magnitude * (ROUNDING_ERROR_RELATIVE * len(contracts))
+
+
+def _in_usdt(units: NDArray[np.int64]) -> Column:
+    """Units of 1e-8 as float64; quantities become coins."""
+    return units.astype(np.float64) / UNITS_PER_ONE
+
+
+def _largest(column: Column) -> float:
+    """The largest absolute value."""
+    return max(float(column.max()), -float(column.min())) if len(column) else 0.0
 
 
 async def read_marks(client: Redis, contracts: Mapping[str, Contract]) -> Marks:
@@ -227,7 +287,10 @@ async def read_marks(client: Redis, contracts: Mapping[str, Contract]) -> Marks:
 
 
 async def read_chunk(client: Redis, first_slot: int, count: int, contracts: Mapping[str, Contract]) -> Chunk:
-    """Rows ``first_slot`` to ``first_slot + count``, fewer at the end, with the marks of the same moment."""
+    """Rows ``first_slot`` to ``first_slot + count``, fewer at the end, with the marks of the same moment.
+
+    Raises ``ColumnsShort``.
+    """
     symbols = list(contracts)
     columns = [keys.COLUMN_BALANCE, keys.COLUMN_BREACH]
     for symbol in symbols:
@@ -240,7 +303,9 @@ async def read_chunk(client: Redis, first_slot: int, count: int, contracts: Mapp
         answer = await pipeline.execute()
     accounts, *packed_columns = answer[_MARK_ANSWERS + len(symbols) :]
     rows = max(0, min(count, int(accounts) - first_slot))
-    balance, breach, *per_symbol = (_column(packed, rows) for packed in packed_columns)
+    balance, breach, *per_symbol = (
+        _column(name, packed, rows) for name, packed in zip(columns, packed_columns, strict=True)
+    )
     return Chunk(
         first_slot=first_slot,
         balance=balance,
@@ -268,7 +333,7 @@ async def account_names(client: Redis, slots: Sequence[int]) -> list[str]:
     if not slots:
         return []
     first, last = min(slots), max(slots)
-    if last - first < 4 * len(slots):
+    if last - first < NAMES_SKIPPED_MAX * len(slots):
         names = await client.lrange(keys.ACCOUNTS, first, last)
         found = [names[slot - first] if slot - first < len(names) else None for slot in slots]
     else:
@@ -344,14 +409,16 @@ def _for_every_row(value: Decimal) -> Column:
 
 
 def _exact_sum(column: NDArray[np.int64]) -> int:
-    """The sum as a Python integer: the halves of each value are summed apart, so that no int64 wraps."""
-    return (int((column >> 32).sum()) << 32) + int((column & 0xFFFFFFFF).sum())
+    """The sum as a Python integer. That of int64 wraps, but is right up to a multiple of 2**64, and float64 says which.
+
+    The float is off by less than 2**63: a chunk adds up to less than 2**90, of which it loses less than 2**-40.
+    """
+    wrapped = int(column.sum())
+    return wrapped + (round((float(column.sum(dtype=np.float64)) - wrapped) / 2**64) << 64)
 
 
-def _column(packed: bytes, rows: int) -> NDArray[np.int64]:
-    """A column of ``rows`` values; one that ends early holds zeros from there on."""
-    if len(packed) >= rows * UNIT.size:
-        return np.frombuffer(packed, dtype=INT64, count=rows)
-    column = np.zeros(rows, dtype=INT64)
-    column[: len(packed) // UNIT.size] = np.frombuffer(packed[: len(packed) // UNIT.size * UNIT.size], dtype=INT64)
-    return column
+def _column(name: str, packed: bytes, rows: int) -> NDArray[np.int64]:
+    """A column of ``rows`` values. Raises ``ColumnsShort`` for one that ends early: nobody may be judged by it."""
+    if len(packed) < rows * UNIT.size:
+        raise errors.ColumnsShort(f"{name} was lost; it is made anew", reason="columns")
+    return np.frombuffer(packed, dtype=INT64, count=rows)

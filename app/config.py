@@ -8,11 +8,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, SecretStr, field_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from app.contracts import BTC_PERP, Contract
 from app.numbers import parse_decimal
+from app.secret_files import SecretFileSource
 
 
 def _contract_from_json(value: object) -> object:
@@ -29,12 +30,18 @@ def _contract_from_json(value: object) -> object:
 
 
 class Settings(BaseSettings):
-    """What may be configured. ``PLIMSOLL_API_PORT=9000`` sets ``api_port``."""
+    """What may be configured. ``PLIMSOLL_API_PORT=9000`` sets ``api_port``, ``PLIMSOLL_API_PORT_FILE`` names its file.
 
-    model_config = SettingsConfigDict(env_prefix="PLIMSOLL_", frozen=True, arbitrary_types_allowed=True)
+    What may hold a secret is left out of its text, and a value that is refused out of the error.
+    """
 
-    redis_url: str | None = None
-    database_url: str | None = None
+    model_config = SettingsConfigDict(
+        env_prefix="PLIMSOLL_", frozen=True, arbitrary_types_allowed=True, hide_input_in_errors=True
+    )
+
+    redis_url: Annotated[str | None, Field(repr=False)] = None
+    database_url: Annotated[str | None, Field(repr=False)] = None
+    migrations_url: Annotated[str | None, Field(repr=False)] = None
     data_dir: Path = Path(".plimsoll")
     redis_server: Path | None = None
 
@@ -43,8 +50,16 @@ class Settings(BaseSettings):
     api_workers: PositiveInt = 1
     watchdog_host: str = "127.0.0.1"
     watchdog_port: Annotated[int, Field(ge=0, le=65535)] = 8001
+    auth: Literal["on", "off"] = "off"
+    allow_keyless: bool = False
+    api_key: SecretStr | None = None
+    keys_refresh_seconds: PositiveFloat = 2.0
+    keys_stale_seconds_max: PositiveFloat = 900.0
+    reads_per_second_max: PositiveInt = 200
+    writes_per_second_max: PositiveInt = 1_000
     demo: Literal["on", "off"] = "on"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    access_log: Literal["errors", "all", "off"] = "errors"
 
     contracts: tuple[Annotated[Contract, BeforeValidator(_contract_from_json)], ...] = (BTC_PERP,)
     restore_at: Literal["initial", "maintenance"] = "initial"
@@ -57,12 +72,25 @@ class Settings(BaseSettings):
     refresh_accounts_per_sweep: PositiveInt = 1_000
 
     redis_timeout_seconds: PositiveFloat = 2.0
+    redis_wait_replicas: NonNegativeInt | None = None
     record_timeout_seconds: PositiveFloat = 2.0
     outbox_soft_limit: PositiveInt = 200_000
     outbox_hard_limit: PositiveInt = 400_000
     outbox_batch_rows: PositiveInt = 1_000
     operation_ttl_seconds: PositiveInt = 86_400
     allow_unsafe_redis: bool = False
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - there are no dot-env files
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - nor a directory of secrets
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments, then the environment, then the files that it names."""
+        return init_settings, env_settings, SecretFileSource(settings_cls)
 
     @field_validator("contracts")
     @classmethod

@@ -7,12 +7,14 @@ from datetime import UTC, datetime
 from importlib import resources
 from typing import Final, TypeVar
 
-from sqlalchemy import ColumnElement, make_url, select, tuple_
+import asyncpg
+from sqlalchemy import ColumnElement, make_url, or_, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import aliased
 
 from app.history import STATEMENT_TIMEOUT_SECONDS
 from app.models import HistoryRow, Liquidation, Recovery
+from app.reach import EVERY_ACCOUNT, Reach
 
 POOL_SIZE: Final = 4
 WRITER_POOL_SIZE: Final = 2
@@ -34,16 +36,21 @@ def create_engine(
 ) -> AsyncEngine:
     """An engine on asyncpg for ``database_url``, a plain ``postgresql://`` URL.
 
+    asyncpg reads the URL itself, as libpq does: SQLAlchemy would hand ``sslmode`` on as an argument that it lacks.
     A statement, BEGIN and COMMIT too, that takes longer than ``statement_seconds`` is given up, so that a connection
     that hangs costs no more than that.
     """
+
+    async def connect() -> asyncpg.Connection:
+        return await asyncpg.connect(database_url, timeout=STATEMENT_TIMEOUT_SECONDS, command_timeout=statement_seconds)
+
     return create_async_engine(
         make_url(database_url).set(drivername="postgresql+asyncpg"),
+        async_creator=connect,
         pool_size=pool_size,
         max_overflow=pool_size,
         pool_timeout=STATEMENT_TIMEOUT_SECONDS,
         pool_pre_ping=False,
-        connect_args={"timeout": STATEMENT_TIMEOUT_SECONDS, "command_timeout": statement_seconds},
     )
 
 
@@ -57,15 +64,19 @@ def create_sessions(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
     return async_sessionmaker(engine, expire_on_commit=False)
 
 
-def migrate(database_url: str, *, revision: str = "head") -> None:
-    """Bring the schema to ``revision`` with Alembic, over psycopg2; ``base`` removes it."""
+def migrate(owner_url: str, *, service_url: str | None = None, revision: str = "head") -> None:
+    """Bring the schema to ``revision`` with Alembic, over psycopg2, as the owner of the tables; ``base`` removes it.
+
+    The role of ``service_url`` gets its rights in the same transaction. Raises ``ServiceRoleError``.
+    """
     # Imported here: every start of the API and the watchdog would wait for it.
     from alembic import command  # noqa: PLC0415
     from alembic.config import Config  # noqa: PLC0415
 
     config = Config()
     config.set_main_option("script_location", str(resources.files("app") / "migrations"))
-    config.attributes["database_url"] = make_url(database_url).set(drivername="postgresql+psycopg2")
+    config.attributes["database_url"] = make_url(owner_url).set(drivername="postgresql+psycopg2")
+    config.attributes["service_url"] = None if service_url is None else make_url(service_url)
     if revision == "base":
         command.downgrade(config, revision)
     else:
@@ -74,12 +85,13 @@ def migrate(database_url: str, *, revision: str = "head") -> None:
 
 @dataclass(frozen=True, slots=True)
 class HistoryFilter:
-    """Which rows to list: of an account, from and before a time, of an operation id."""
+    """Which rows to list: of an account, from and before a time, of an operation id, within a reach."""
 
     account_id: str | None = None
     start: datetime | None = None
     end: datetime | None = None
     operation_id: str | None = None
+    reach: Reach = EVERY_ACCOUNT
 
 
 Cursor = tuple[datetime, int]
@@ -126,6 +138,10 @@ async def list_liquidations(
 
 def _conditions(model: type[HistoryRow], history_filter: HistoryFilter) -> list[ColumnElement[bool]]:
     conditions = []
+    if not history_filter.reach.is_whole:
+        # startswith() escapes what LIKE would take for a wildcard: an account's name may hold an underscore.
+        prefixes = [model.account_id.startswith(item, autoescape=True) for item in history_filter.reach.prefixes]
+        conditions.append(or_(model.account_id.in_(history_filter.reach.names), *prefixes))
     if history_filter.account_id is not None:
         conditions.append(model.account_id == history_filter.account_id)
     if history_filter.start is not None:

@@ -100,13 +100,13 @@ class Memory:
             draft.replace(self._file)
 
 
-async def run_demo(api_url: str, *, state_file: Path | None = None) -> None:
+async def run_demo(api_url: str, *, state_file: Path | None = None, api_key: str | None = None) -> None:
     """Run the demo market against the API at ``api_url`` until somebody else sets a mark, or until cancelled.
 
     It seeds an empty store, and goes on in a store that holds its own accounts only and its own mark, as noted in
     ``state_file``. In any other store it does nothing. While the API is away it waits.
     """
-    client = ApiClient.connect(api_url)
+    client = ApiClient.connect(api_url, api_key=api_key)
     try:
         await DemoMarket(client, Memory(state_file)).run()
     finally:

@@ -16,12 +16,14 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Self
+from urllib.parse import urlsplit
 
 import psycopg2
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from app import sentinel
 from app.config import Settings
 from app.embedded_postgres import PostgresServer
 from app.embedded_redis import RedisServer
@@ -46,10 +48,19 @@ class StoresNotFound(EmbeddedServerError):
 
 @dataclass(frozen=True, slots=True)
 class Stores:
-    """Where Redis (a redis-py URL) and Postgres (a libpq URL) are."""
+    """Where Redis (a redis-py URL) and Postgres (a libpq URL) are; passwords in them stay out of its text.
 
-    redis_url: str
-    database_url: str
+    ``migrations_url`` is Postgres again, as the owner of the tables; None where the service is the owner itself.
+    """
+
+    redis_url: str = field(repr=False)
+    database_url: str = field(repr=False)
+    migrations_url: str | None = field(default=None, repr=False)
+
+    @property
+    def owner_url(self) -> str:
+        """Postgres, as the owner of the tables."""
+        return self.migrations_url or self.database_url
 
 
 @dataclass(slots=True)
@@ -68,8 +79,8 @@ class Servers:
 
     @property
     def database_url(self) -> str:
-        """A libpq URL."""
-        return self.postgres.url
+        """A libpq URL, of the superuser."""
+        return self.postgres.owner_url
 
     @property
     def redis_cli_line(self) -> str:
@@ -83,8 +94,8 @@ class Servers:
 
     @property
     def stores(self) -> Stores:
-        """Both addresses."""
-        return Stores(redis_url=self.redis_url, database_url=self.database_url)
+        """Both addresses; Postgres as the role that the service runs as, and as the owner."""
+        return Stores(self.redis_url, database_url=self.postgres.url, migrations_url=self.postgres.owner_url)
 
     def restart_dead(self) -> list[str]:
         """Start again what has exited; the names of what was started."""
@@ -170,14 +181,14 @@ def _start(server: RedisServer | PostgresServer, data_dir: Path) -> None:
     process = server.attach(left_over)
     if process is None:
         server.refuse_newer_data(entry.get("version"))
-        _write_record(data_dir, server.name, {"version": server.version, "url": server.url})
+        _write_record(data_dir, server.name, {"version": server.version, **server.urls})
         process = server.start()
-    described = {"version": server.version, "url": server.url, "pid": process.pid, "created": process.created}
+    described = {"version": server.version, **server.urls, "pid": process.pid, "created": process.created}
     _write_record(data_dir, server.name, described)
 
 
 def _read_record(data_dir: Path) -> dict[str, dict[str, Any]]:
-    """The content of ``servers.json``: of each server its version, URL, process id and that process's start time."""
+    """The content of ``servers.json``: of each server its version, URLs, process id and that process's start time."""
     try:
         recorded = json.loads((data_dir / "servers.json").read_text())
     except FileNotFoundError:
@@ -199,10 +210,16 @@ def locate_stores(settings: Settings) -> Stores:
 
     A configured address is taken as it is, answering or not. Raises :class:`StoresNotFound`, and :class:`BadAddress`.
     """
-    _check_scheme("PLIMSOLL_REDIS_URL", settings.redis_url, ("redis://", "rediss://", "unix://"))
+    _check_scheme("PLIMSOLL_REDIS_URL", settings.redis_url, ("redis://", "rediss://", "unix://", *sentinel.SCHEMES))
+    if settings.redis_url is not None and sentinel.is_sentinel_url(settings.redis_url):
+        try:
+            sentinel.parse_sentinel_url(settings.redis_url)
+        except ValueError as error:
+            raise BadAddress(f"PLIMSOLL_REDIS_URL: {error}") from None
     _check_scheme("PLIMSOLL_DATABASE_URL", settings.database_url, ("postgresql://",))
+    _check_scheme("PLIMSOLL_MIGRATIONS_URL", settings.migrations_url, ("postgresql://",))
     if settings.redis_url and settings.database_url:
-        return Stores(settings.redis_url, settings.database_url)
+        return Stores(settings.redis_url, settings.database_url, settings.migrations_url)
     tried: list[str] = []
     found = _running_under(settings.data_dir.resolve(), tried)
     if found is None:
@@ -215,14 +232,27 @@ def locate_stores(settings: Settings) -> Stores:
                 "PLIMSOLL_REDIS_URL (redis://host:6379/0) and PLIMSOLL_DATABASE_URL "
                 f"(postgresql://user:password@host:5432/database). Tried: {'; '.join(tried)}"
             )
-        return Stores(redis_url, database_url)
-    return Stores(settings.redis_url or found.redis_url, settings.database_url or found.database_url)
+        return Stores(redis_url, database_url, settings.migrations_url)
+    # The owner of an embedded Postgres is none of another one's.
+    owner_url = settings.migrations_url or (None if settings.database_url else found.migrations_url)
+    return Stores(settings.redis_url or found.redis_url, settings.database_url or found.database_url, owner_url)
 
 
 def _check_scheme(variable: str, url: str | None, schemes: tuple[str, ...]) -> None:
     """Raise :class:`BadAddress`, without the address: it may hold a password."""
-    if url is not None and not url.startswith(schemes):
+    if url is None:
+        return
+    if not url.startswith(schemes):
         raise BadAddress(f"{variable} must begin with {' or '.join(schemes)}")
+    if sentinel.is_sentinel_url(url):
+        return
+    try:
+        # What the drivers say of a port that is no number quotes it, and it is the rest of a password that has a slash.
+        _ = urlsplit(url).port
+    except ValueError:
+        raise BadAddress(
+            f"{variable} cannot be read: in a user or a password, write / @ : ? # % as %2F %40 %3A %3F %23 %25"
+        ) from None
 
 
 def _running_under(data_dir: Path, tried: list[str]) -> Stores | None:
@@ -232,7 +262,7 @@ def _running_under(data_dir: Path, tried: list[str]) -> Stores | None:
     database_url = str(recorded.get("postgres", {}).get("url", ""))
     if redis_url and database_url:
         if _redis_complaint(redis_url) is None or _database_complaint(database_url) is None:
-            return Stores(redis_url, database_url)
+            return Stores(redis_url, database_url, recorded["postgres"].get("owner_url"))
         tried.append(f"the servers of {data_dir} are not running")
     else:
         tried.append(f"no servers in {data_dir}")

@@ -31,6 +31,9 @@ from app.server_process import (
 MAJOR_VERSION: Final = "18"
 DATABASE: Final = "plimsoll"
 SUPERUSER: Final = "postgres"
+SERVICE_USER: Final = "plimsoll"
+"""Nothing asks for a password: whoever may open the socket is the owner of this directory already."""
+
 CONNECTIONS_MAX: Final = 200
 START_TIMEOUT_SECONDS: Final = 300.0
 """Generous, because a killed server replays its log at start; a server that exits is noticed at once."""
@@ -61,8 +64,18 @@ class PostgresServer:
 
     @property
     def url(self) -> str:
-        """A libpq URL."""
+        """A libpq URL, of the role that the service runs as. Its rights come with the migrations."""
+        return self._url(DATABASE, user=SERVICE_USER)
+
+    @property
+    def owner_url(self) -> str:
+        """A libpq URL, of the superuser, who owns the tables."""
         return self._url(DATABASE)
+
+    @property
+    def urls(self) -> dict[str, str]:
+        """What others find it by."""
+        return {"url": self.url, "owner_url": self.owner_url}
 
     def client_command(self) -> list[str]:
         """``psql``, connected."""
@@ -130,8 +143,8 @@ class PostgresServer:
             raise ServerFailed(f"Postgres (process {process.pid}) does not stop")
         self.process = None
 
-    def _url(self, database: str) -> str:
-        return f"postgresql://{SUPERUSER}@/{database}?host={quote(str(self.socket_directory), safe='/')}"
+    def _url(self, database: str, *, user: str = SUPERUSER) -> str:
+        return f"postgresql://{user}@/{database}?host={quote(str(self.socket_directory), safe='/')}"
 
     def _make_cluster(self) -> None:
         # What an interrupted attempt left behind is no cluster, and initdb wants an empty directory.
@@ -161,6 +174,9 @@ class PostgresServer:
                 cursor.execute("SELECT 1 FROM pg_database WHERE datname = %s", (DATABASE,))
                 if cursor.fetchone() is None:
                     cursor.execute(f"CREATE DATABASE {DATABASE}")
+                cursor.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", (SERVICE_USER,))
+                if cursor.fetchone() is None:
+                    cursor.execute(f"CREATE ROLE {SERVICE_USER} LOGIN")
 
     def _complaint(self) -> str | None:
         """Why it cannot be used yet, or None."""

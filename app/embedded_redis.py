@@ -70,6 +70,11 @@ class RedisServer:
         """A redis-py URL."""
         return f"unix://{quote(str(self.socket))}?db=0"
 
+    @property
+    def urls(self) -> dict[str, str]:
+        """What others find it by."""
+        return {"url": self.url}
+
     def client_command(self) -> list[str]:
         """``redis-cli``, connected."""
         beside = self.binary.with_name("redis-cli")

@@ -47,6 +47,8 @@ class PlimsollError(Exception):
     """A named error with a stable ``code``; ``members`` are the further members of its problem document."""
 
     code: ClassVar[str]
+    headers: ClassVar[Mapping[str, str]] = {}
+    """What its answer says in the head."""
 
     def __init__(self, detail: str, **members: object) -> None:
         super().__init__(detail)
@@ -138,6 +140,54 @@ class UnknownAccount(PlimsollError):
     code = "unknown_account"
 
 
+def unknown_account(account_id: str) -> UnknownAccount:
+    """The one answer for an account that does not exist, and for one that is none of the caller's business."""
+    return UnknownAccount(
+        "there is no such account; a deposit makes it",
+        account_id=account_id,
+        next=deposit_step(account_id, Decimal(1000)),
+    )
+
+
+class KeyRequired(PlimsollError):
+    """The route asks for an API key, and the request has none."""
+
+    code = "key_required"
+    headers: ClassVar = {"WWW-Authenticate": 'Bearer realm="plimsoll"'}
+
+
+class KeyInvalid(PlimsollError):
+    """What was sent is no API key, or one that is unknown or revoked; which, is not said."""
+
+    code = "key_invalid"
+    headers: ClassVar = {"WWW-Authenticate": 'Bearer realm="plimsoll", error="invalid_token"'}
+
+
+class ScopeMissing(PlimsollError):
+    """The key may not do this; ``scope`` names what it lacks."""
+
+    code = "scope_missing"
+
+
+class KeyBound(PlimsollError):
+    """The route concerns every account, and the key is bound to some."""
+
+    code = "key_bound"
+
+
+class LoopbackOnly(PlimsollError):
+    """Keys are off, so only this machine is served."""
+
+    code = "loopback_only"
+
+
+class RateLimited(PlimsollError):
+    """More requests than a key may send to a route."""
+
+    code = "rate_limited"
+    headers: ClassVar = {"Retry-After": str(RETRY_AFTER_SECONDS)}
+
+
 class InvalidField(PlimsollError):
     """A field whose value cannot be meant; ``field`` names it."""
 
@@ -189,6 +239,10 @@ class StateDamaged(Unavailable):
     code = "state_damaged"
 
 
+class ColumnsShort(StateDamaged):
+    """A column does not reach to the last account: it was lost, or cut, and is made anew from the ledgers."""
+
+
 class StateMismatch(Unavailable):
     """Redis was written by a release or a set of contracts other than this process's."""
 
@@ -237,7 +291,13 @@ HTTP_STATUS: Final[dict[str, tuple[int, str]]] = {
     InsufficientFreeMargin.code: (409, "Insufficient free margin"),
     IdempotencyConflict.code: (409, "Operation id used with other content"),
     MarkPriceJump.code: (409, "Mark price jump"),
+    KeyRequired.code: (401, "An API key is required"),
+    KeyInvalid.code: (401, "No valid API key"),
+    ScopeMissing.code: (403, "The API key lacks the scope"),
+    KeyBound.code: (403, "The API key is bound to accounts"),
+    LoopbackOnly.code: (403, "Only this machine is served"),
     UnknownAccount.code: (404, "Unknown account"),
+    RateLimited.code: (429, "Too many requests"),
     InvalidField.code: (422, "Invalid field"),
     Unavailable.code: (503, "Unavailable"),
     StateMissing.code: (503, "State missing"),

@@ -70,9 +70,13 @@ def _typed_columns(model: type[HistoryRow]) -> str:
 _INSERT: Final = {
     kind: f"INSERT INTO {model.__tablename__} ({_columns(model)}) "  # noqa: S608
     f"SELECT {_columns(model)} FROM jsonb_to_recordset($1::text::jsonb) AS row ({_typed_columns(model)}) "
+    "WHERE $2::bigint IS NULL OR (SELECT max(newest.epoch) FROM epochs AS newest) = $2::bigint "
     "ON CONFLICT (id) DO NOTHING RETURNING id"
     for kind, model in HISTORY.items()
 }
+_BEGIN_FENCED: Final = f"BEGIN; SELECT pg_advisory_xact_lock_shared({FENCE_LOCK})"
+"""One call and two statements: the epoch must be read by a snapshot taken after the lock was granted."""
+
 _SAME: Final = {
     kind: f"WITH rows AS (SELECT {_columns(model)} FROM jsonb_to_recordset($1::text::jsonb) "  # noqa: S608
     f"AS row ({_typed_columns(model)})) SELECT id FROM (SELECT * FROM rows INTERSECT "
@@ -86,25 +90,27 @@ async def write_history(engine: AsyncEngine, entries: Sequence[HistoryEntry], *,
 
     Raises ``FencedError`` when ``epoch`` is not the newest, and asyncpg's errors.
     """
-    async with engine.connect() as connection:
+    async with engine.connect() as connection, _invalidating(connection):
         driver = await _driver(connection)
-        async with _invalidating(connection), driver.transaction():
-            # Two statements: the epoch must be read by a snapshot taken after the lock was granted.
-            await driver.execute(
-                f"SELECT pg_advisory_xact_lock_shared({FENCE_LOCK})", timeout=STATEMENT_TIMEOUT_SECONDS
-            )
-            newest = await driver.fetchval("SELECT max(epoch) FROM epochs", timeout=STATEMENT_TIMEOUT_SECONDS)
-            if newest != epoch:
-                raise FencedError(f"epoch {epoch} is not the newest, {newest}")
-            return await _insert(driver, entries)
+        try:
+            await driver.execute(_BEGIN_FENCED, timeout=STATEMENT_TIMEOUT_SECONDS)
+            contradicted = await _insert(driver, entries, epoch=epoch)
+            await driver.execute("COMMIT", timeout=STATEMENT_TIMEOUT_SECONDS)
+        except BaseException:
+            if not driver.is_closed():
+                await driver.execute("ROLLBACK", timeout=STATEMENT_TIMEOUT_SECONDS)
+            raise
+        return contradicted
 
 
 async def insert_history(connection: AsyncConnection, entries: Sequence[HistoryEntry]) -> list[HistoryEntry]:
     """As ``write_history``, in the transaction of a ``connection`` that holds the fence itself."""
-    return await _insert(await _driver(connection), entries)
+    return await _insert(await _driver(connection), entries, epoch=None)
 
 
-async def _insert(driver: asyncpg.Connection, entries: Sequence[HistoryEntry]) -> list[HistoryEntry]:
+async def _insert(
+    driver: asyncpg.Connection, entries: Sequence[HistoryEntry], *, epoch: int | None
+) -> list[HistoryEntry]:
     """Insert ``entries``, kinds and rows always in one order: two writers of the same rows must not deadlock.
 
     An id that is there with the same content is a row written before, and no news; the others are answered.
@@ -114,9 +120,12 @@ async def _insert(driver: asyncpg.Connection, entries: Sequence[HistoryEntry]) -
         rows = sorted((entry for entry in entries if entry.kind == kind), key=lambda entry: entry.id)
         if not rows:
             continue
-        inserted = await driver.fetch(_INSERT[kind], _as_array(rows), timeout=STATEMENT_TIMEOUT_SECONDS)
+        inserted = await driver.fetch(_INSERT[kind], _as_array(rows), epoch, timeout=STATEMENT_TIMEOUT_SECONDS)
         if len(inserted) == len(rows):
             continue
+        newest = await driver.fetchval("SELECT max(epoch) FROM epochs", timeout=STATEMENT_TIMEOUT_SECONDS)
+        if epoch not in {None, newest}:
+            raise FencedError(f"epoch {epoch} is not the newest, {newest}")
         new = {record["id"] for record in inserted}
         known = [row for row in rows if row.id not in new]
         same = await driver.fetch(_SAME[kind], _as_array(known), timeout=STATEMENT_TIMEOUT_SECONDS)

@@ -1,15 +1,20 @@
-"""Request bodies, read strictly: a number keeps its own digits, and what is ambiguous is refused."""
+"""Requests, read strictly: a number keeps its own digits, and what is ambiguous or not understood is refused."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Coroutine
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Final
 
 from fastapi import HTTPException, Request, Response
+from fastapi.dependencies.utils import get_flat_params
+from fastapi.params import Query
 from fastapi.routing import APIRoute
 
-MEMBER_CHARACTERS_SHOWN: Final = 64
+from app import errors
+from app.problems import echoed
+
 JSON_TYPE: Final = "application/json"
 
 
@@ -44,13 +49,17 @@ class ExactJSONRequest(Request):
 
 
 class ExactJSONRoute(APIRoute):
-    """A route that reads its body with ``ExactJSONRequest`` and takes JSON only."""
+    """A route that reads its body with ``ExactJSONRequest``, takes JSON only, and no query that it does not know."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The route's handler, behind the content type check."""
+        """The route's handler, behind the checks of the query and of the content type."""
         handle = super().get_route_handler()
+        fields = get_flat_params(self.dependant)
+        parameters = sorted(field.alias for field in fields if isinstance(field.field_info, Query))
 
         async def handle_exactly(request: Request) -> Response:
+            if request.scope["query_string"]:
+                _check_query(request.query_params.multi_items(), parameters)
             if request.method == "POST":
                 content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
                 if content_type != JSON_TYPE:
@@ -67,7 +76,21 @@ class DoubledMemberError(ValueError):
 def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) != len(pairs):
-        names = [name for name, _ in pairs]
-        doubled = next(name for name in names if names.count(name) > 1)
-        raise DoubledMemberError(f"an object names a member twice: {doubled[:MEMBER_CHARACTERS_SHOWN]}")
+        raise DoubledMemberError(f"an object names a member twice: {echoed(_doubled(name for name, _ in pairs))}")
     return members
+
+
+def _doubled(names: Iterable[str]) -> str:
+    """The name that more than one of ``names`` is."""
+    return Counter(names).most_common(1)[0][0]
+
+
+def _check_query(pairs: list[tuple[str, str]], parameters: list[str]) -> None:
+    """Raise ``InvalidField`` for a filter that would be passed over in silence: an unknown one, or one given twice."""
+    seen: set[str] = set()
+    for name, _ in pairs:
+        if name not in parameters:
+            raise errors.InvalidField("there is no such parameter", field=echoed(name), allowed=parameters)
+        if name in seen:
+            raise errors.InvalidField(f"{name} is given twice", field=name)
+        seen.add(name)

@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 
 import structlog
 
-from app import errors
+from app import errors, metrics
 from app import redis_client as keys
 from app.contracts import Contract
 from app.database import format_timestamp
@@ -42,7 +42,14 @@ class MarkBook:
         self._jump_max = jump_max
 
     async def set_mark(self, symbol: str, price: Decimal, *, confirm: bool) -> dict[str, Any]:
-        """Accept ``price`` in USDT; the newest wins. Raises ``MarkPriceJump`` for one too far from the last."""
+        """Accept ``price`` in USDT; the newest wins. Raises ``InvalidField``, or ``MarkPriceJump`` for one too far."""
+        try:
+            return await self._set_mark(symbol, price, confirm=confirm)
+        except (errors.Refusal, errors.InvalidField):
+            metrics.MARKS_REFUSED.inc()
+            raise
+
+    async def _set_mark(self, symbol: str, price: Decimal, *, confirm: bool) -> dict[str, Any]:
         contract = trading.contract_of(symbol, self._contracts)
         trading.check_amount(price, name="price", maximum=contract.price_max)
         for _ in range(ATTEMPTS_MAX):

@@ -6,7 +6,7 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any, ClassVar, Final
 
-from sqlalchemy import BigInteger, CheckConstraint, Index, MetaData, Numeric, Text, UniqueConstraint
+from sqlalchemy import ARRAY, BigInteger, CheckConstraint, ForeignKey, Index, MetaData, Numeric, Text, UniqueConstraint
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.schema import SchemaItem
@@ -20,6 +20,7 @@ class Base(DeclarativeBase):
             "ix": "ix_%(table_name)s_%(column_0_N_name)s",
             "uq": "uq_%(table_name)s_%(column_0_N_name)s",
             "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s",
             "pk": "pk_%(table_name)s",
         }
     )
@@ -29,6 +30,7 @@ class Base(DeclarativeBase):
         Decimal: Numeric,
         datetime: TIMESTAMP(timezone=True),
         dict[str, Any]: JSONB,
+        list[str]: ARRAY(Text),
     }
 
 
@@ -53,8 +55,14 @@ def _history_table(*more: SchemaItem) -> tuple[SchemaItem, ...]:
     return (
         UniqueConstraint("account_id", "seq"),
         Index(None, "timestamp", "id"),
+        *_bounds(id="> 0", seq="> 0", epoch="> 0", mark_version=">= 0"),
         *more,
     )
+
+
+def _bounds(**columns: str) -> list[CheckConstraint]:
+    """What the numbers of a row may be: ``id="> 0"``."""
+    return [CheckConstraint(f"{column} {bound}", name=f"{column}_bound") for column, bound in columns.items()]
 
 
 def _finite(*columns: str) -> list[CheckConstraint]:
@@ -86,6 +94,7 @@ class Trade(HistoryRow):
         CheckConstraint("price > 0", name="price_positive"),
         *_finite("quantity", "price", "mark_price", "realised_pnl", "balance_after", "quantity_after", "cost_after"),
         *_finite("equity_after", "used_margin_after"),
+        *_bounds(mark_price="> 0", used_margin_after=">= 0"),
     )
 
 
@@ -105,6 +114,7 @@ class Transfer(HistoryRow):
         CheckConstraint("kind IN ('deposit', 'withdrawal')", name="kind"),
         CheckConstraint("amount > 0", name="amount_positive"),
         *_finite("amount", "balance_after", "equity_after", "used_margin_after"),
+        *_bounds(used_margin_after=">= 0"),
     )
 
 
@@ -124,7 +134,10 @@ class Liquidation(_Evidence, HistoryRow):
     """The opening of a breach: one row, however many sweeps, watchdogs or restarts see it."""
 
     __tablename__ = "liquidations"
-    __table_args__ = _history_table(*_finite("balance", "equity", "used_margin", "maintenance_margin"))
+    __table_args__ = _history_table(
+        *_finite("balance", "equity", "used_margin", "maintenance_margin"),
+        *_bounds(used_margin=">= 0", maintenance_margin=">= 0"),
+    )
 
 
 class Recovery(_Evidence, HistoryRow):
@@ -134,7 +147,9 @@ class Recovery(_Evidence, HistoryRow):
 
     liquidation_id: Mapped[int]
     __table_args__ = _history_table(
-        UniqueConstraint("liquidation_id"), *_finite("balance", "equity", "used_margin", "maintenance_margin")
+        UniqueConstraint("liquidation_id"),
+        *_finite("balance", "equity", "used_margin", "maintenance_margin"),
+        *_bounds(used_margin=">= 0", maintenance_margin=">= 0", liquidation_id="> 0"),
     )
 
 
@@ -159,6 +174,56 @@ class Epoch(Base):
     epoch: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     signature: Mapped[str]
     reason: Mapped[str]
+    timestamp: Mapped[datetime]
+
+
+class ApiKey(Base):
+    """A key to the routes. Of its secret only the hash is kept; ``{*}`` as its accounts is every account."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    secret_sha256: Mapped[bytes]
+    scopes: Mapped[list[str]]
+    accounts: Mapped[list[str]]
+    timestamp: Mapped[datetime]
+    __table_args__ = (
+        CheckConstraint("octet_length(secret_sha256) = 32", name="secret_sha256"),
+        CheckConstraint("cardinality(scopes) > 0", name="scopes_some"),
+        CheckConstraint("scopes <@ ARRAY['read', 'trade', 'mark', 'operate']", name="scopes_known"),
+        CheckConstraint("cardinality(accounts) > 0", name="accounts_some"),
+    )
+
+
+class ApiKeyRevocation(Base):
+    """The end of a key. There is no way back: a new key is made instead."""
+
+    __tablename__ = "api_key_revocations"
+
+    key_id: Mapped[str] = mapped_column(ForeignKey("api_keys.id"), primary_key=True)
+    timestamp: Mapped[datetime]
+
+
+class Halt(Base):
+    """Trading was halted: why, and by which key; without one, by the command or by hand."""
+
+    __tablename__ = "halts"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    reason: Mapped[str]
+    key_id: Mapped[str | None]
+    timestamp: Mapped[datetime]
+
+
+class Resumption(Base):
+    """The end of a halt."""
+
+    __tablename__ = "resumptions"
+
+    halt_id: Mapped[str] = mapped_column(ForeignKey("halts.id"), primary_key=True)
+    reason: Mapped[str]
+    key_id: Mapped[str | None]
     timestamp: Mapped[datetime]
 
 

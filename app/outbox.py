@@ -72,6 +72,16 @@ class Outbox:
         self._postgres_answered = float("-inf")
         self.postgres_away = False
 
+    @property
+    def postgres_away(self) -> bool:
+        """The breaker: while it is open nobody waits for Postgres."""
+        return self._postgres_away
+
+    @postgres_away.setter
+    def postgres_away(self, away: bool) -> None:
+        self._postgres_away = away
+        metrics.POSTGRES_BREAKER_OPEN.set(away)
+
     async def start(self) -> None:
         """Begin to write and to drain."""
         self._tasks = [
@@ -99,10 +109,12 @@ class Outbox:
             self._waiting.append((entry, answer))
             answers.append(answer)
         self._wake.set()
-        done, late = await asyncio.wait(answers, timeout=self._settings.record_timeout_seconds)
-        if late:
+        try:
+            async with asyncio.timeout(self._settings.record_timeout_seconds):
+                return all([await answer for answer in answers])
+        except TimeoutError:
             self._open_breaker("no answer in time")
-        return not late and all(answer.result() for answer in done)
+            return False
 
     async def is_recorded(self, kind: str, history_id: int) -> bool:
         """Whether the row is in Postgres; False where that cannot be said now."""

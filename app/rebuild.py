@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from app import database, errors, restore
 from app import redis_client as keys
 from app.config import Settings
+from app.halts import restore_halt
 from app.history import FencedError
 from app.models import Liquidation, Recovery
 from app.outbox import Outbox
@@ -21,6 +22,7 @@ from app.reconcile import (
     advance_epoch,
     begin,
     lock_history,
+    migrate_schema,
     newest_history_id,
     newest_mark_version,
     wait_for_held_rows,
@@ -62,8 +64,10 @@ class Rebuilt:
 def rebuild(settings: Settings, stores: Stores, progress: restore.Progress) -> Rebuilt:
     """Replace the state in Redis by what history says; safe to interrupt and to repeat.
 
+    The tables are brought up to date first, and the service's rights to them: a restored backup may lack both.
     Raises ``StateAheadOfHistory`` while Redis holds changes that Postgres does not have.
     """
+    migrate_schema(stores)
     return asyncio.run(_rebuild(settings, stores, progress))
 
 
@@ -140,6 +144,7 @@ async def _replace(
         pipeline.set(keys.HISTORY_LAST_ID, newest_id)
         pipeline.set(keys.MARK_VERSION, await newest_mark_version(connection))
         await pipeline.execute()
+    await restore_halt(store, connection)
     run_id = (await store.client.info("server"))["run_id"]
     await advance_epoch(store, connection, token=token, reason="rebuilt from history", run_id=run_id)
     log.info("rebuilt the state from history", accounts=len(accounts), newest_id=newest_id)

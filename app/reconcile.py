@@ -42,7 +42,7 @@ def migrate(settings: Settings, stores: Stores) -> None:
 
     Raises ``StateMissing`` when history exists and Redis has no state: starting anew would be a second history.
     """
-    database.migrate(stores.database_url)
+    migrate_schema(stores)
     asyncio.run(_migrate_state(settings, stores))
 
 
@@ -51,12 +51,18 @@ def reset(settings: Settings, stores: Stores) -> None:
 
     Epochs go on counting, so that what a process still holds from before is fenced.
     """
-    database.migrate(stores.database_url)
+    migrate_schema(stores)
     epoch = asyncio.run(_newest_epoch(stores))
-    database.migrate(stores.database_url, revision="base")
+    database.migrate(stores.owner_url, revision="base")
     asyncio.run(_flush(settings, stores))
-    database.migrate(stores.database_url)
+    migrate_schema(stores)
     asyncio.run(_migrate_state(settings, stores, after_epoch=epoch))
+
+
+def migrate_schema(stores: Stores) -> None:
+    """The newest tables, and the service's rights to them where it runs as a role of its own."""
+    service_url = None if stores.migrations_url is None else stores.database_url
+    database.migrate(stores.owner_url, service_url=service_url)
 
 
 async def keep_reconciled(store: StateStore, engine: AsyncEngine, settings: Settings) -> None:

@@ -1,8 +1,9 @@
 """An account as Redis holds it: the user's keys parsed, compared with the packed row, and written back.
 
 The user's keys are the record and may be edited by hand. A record *agrees* when its texts are the ones Plimsoll writes
-and its packed row holds the same numbers; a record that can be read but does not agree is adopted; one that cannot be
-read is quarantined.
+and the ledger holds the same numbers, which are those of the account's last row of history; a record that can be read
+but does not agree is adopted; one that cannot be read is quarantined. The packed row is a copy of what the ledger
+holds: where it differs it is damaged, and written again.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Final
 
@@ -57,6 +58,8 @@ class Snapshot:
     packed_breach: bytes
     packed_positions: Mapping[str, tuple[bytes, bytes]]
     mark_texts: Mapping[str, tuple[bytes, bytes, bytes]]
+    ledger_balance: bytes = b""
+    ledger_positions: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def seq(self) -> int:
@@ -99,25 +102,44 @@ class Snapshot:
         """The record, parsed. Raises ``RecordError``."""
         return parse_account(self.account_id, self.balance_text, self.fields, contracts)
 
+    def known_account(self) -> Account:
+        """The account as history has it: by its ledger, or by its packed row where the ledger does not say.
+
+        All zeros where it has no slot yet.
+        """
+        if not self.ledger_balance:
+            return self.packed_account()
+        positions = {}
+        for symbol, packed in self.ledger_positions.items():
+            if packed and (held := _position(packed[: UNIT.size], packed[UNIT.size :])) != FLAT:
+                positions[symbol] = held
+        return Account(self.account_id, balance=from_units(unpack(self.ledger_balance)), positions=positions)
+
     def packed_account(self) -> Account:
-        """The account as its packed row, and so its history, has it; all zeros where it has no slot yet."""
+        """The account as its packed row has it; all zeros where it has no slot yet."""
         positions = {}
         for symbol, (quantity, cost) in self.packed_positions.items():
-            held = Position(quantity=from_units(unpack(quantity)), cost=from_units(unpack(cost)))
-            if held != FLAT:
+            if (held := _position(quantity, cost)) != FLAT:
                 positions[symbol] = held
         return Account(self.account_id, balance=from_units(unpack(self.packed_balance)), positions=positions)
 
+    def packed_agrees(self) -> bool:
+        """Whether the packed row is what the ledger says."""
+        same_breach = unpack(self.packed_breach) == int(self.breach_text or 0)
+        return same_breach and self.packed_account() == self.known_account()
+
     def agrees(self, account: Account) -> bool:
-        """Whether the record is written as Plimsoll writes ``account``, and the packed row holds the same."""
-        if unpack(self.packed_breach) != int(self.breach_text or 0):
-            return False
+        """Whether the record is written as Plimsoll writes ``account``, and history has the same."""
         if self.slot is None or self.balance_text != format_decimal(account.balance).encode():
             return False
         written = dict(zip(self.fields[::2], self.fields[1::2], strict=True))
-        return account == self.packed_account() and written == {
+        return account == self.known_account() and written == {
             symbol.encode(): encode_position(position).encode() for symbol, position in account.positions.items()
         }
+
+
+def _position(quantity: bytes, cost: bytes) -> Position:
+    return Position(quantity=from_units(unpack(quantity)), cost=from_units(unpack(cost)))
 
 
 def unpack(packed: bytes) -> int:
@@ -132,7 +154,8 @@ def pack(value: Decimal) -> bytes:
 
 def snapshot_from(account_id: str, symbols: Sequence[str], answer: Sequence[Any]) -> Snapshot:
     """The snapshot in an ``ok`` answer of ``read_account``. Raises ``AccountQuarantined`` for an unreadable ledger."""
-    _, operation, balance, fields, ledger, mark_version, halted, now_us, packed_balance, packed_breach, marks = answer
+    _, operation, balance, fields, ledger, mark_version, halted, now_us, *packed = answer
+    packed_balance, packed_breach, marks, (ledger_balance, *ledger_positions) = packed
     slot, seq, breach, _, breach_at = ledger
     if not all(text == b"" or text.isdigit() for text in ledger):
         raise errors.AccountQuarantined(f"the ledger of {account_id} cannot be read", reason="ledger")
@@ -154,6 +177,8 @@ def snapshot_from(account_id: str, symbols: Sequence[str], answer: Sequence[Any]
         packed_breach=packed_breach,
         packed_positions={symbol: (item[3], item[4]) for symbol, item in zip(symbols, marks, strict=True)},
         mark_texts={symbol: tuple(item[:3]) for symbol, item in zip(symbols, marks, strict=True)},
+        ledger_balance=ledger_balance,
+        ledger_positions=dict(zip(symbols, ledger_positions, strict=True)),
     )
 
 

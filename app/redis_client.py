@@ -14,7 +14,7 @@ from importlib import resources
 from typing import Any, Final
 
 import structlog
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -22,13 +22,14 @@ from redis.exceptions import NoScriptError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from app import errors
-from app.batcher import Batcher, NotSentError
+from app.batcher import Batcher, NotReplicatedError, NotSentError
 from app.config import Settings
 from app.contracts import contracts_digest
+from app.sentinel import connection_pool, is_sentinel_url
 
 log = structlog.get_logger(__name__)
 
-LAYOUT_VERSION: Final = 1
+LAYOUT_VERSION: Final = 2
 """Moves on when keys or scripts change so that an older release must not write beside a newer."""
 
 MARK_CHANNEL: Final = "mark_price"
@@ -51,11 +52,14 @@ COLUMN_BALANCE: Final = "columns:balance"
 COLUMN_BREACH: Final = "columns:breach"
 LIQUIDATIONS: Final = "counters:liquidations"
 RECOVERIES: Final = "counters:recoveries"
+RATE_LIMIT_PREFIX: Final = "limits"
+"""Before the counters of API keys' requests, which are no state: they may be lost at any time."""
+
 BALANCE_PATTERN: Final = "account:*:balance"
 ACCOUNT_PREFIXES: Final = ("account:", "positions:")
 """How the keys of a single account begin: what is wrong with one of them concerns that account alone."""
 
-REFUSED_BEFORE_WRITING: Final = ("OOM", "MISCONF", "LOADING", "READONLY", "NOAUTH", "NOPERM", "BUSY")
+REFUSED_BEFORE_WRITING: Final = ("OOM", "MISCONF", "LOADING", "READONLY", "NOREPLICAS", "NOAUTH", "NOPERM", "BUSY")
 
 
 def as_text(answer: bytes | str) -> str:
@@ -84,8 +88,16 @@ def positions_key(account_id: str) -> str:
 
 
 def ledger_key(account_id: str) -> str:
-    """A hash of what history knows of the account: ``slot``, ``seq``, ``breach``, ``breach_at``, ``breach_version``."""
+    """A hash of what history knows of the account: ``slot``, ``seq``, ``breach``, ``breach_at``, ``breach_version``.
+
+    And what its last change left, packed: ``balance``, and ``position:{symbol}`` (quantity, then cost).
+    """
     return f"account:{account_id}:ledger"
+
+
+def ledger_position(symbol: str) -> str:
+    """The field of the ledger that holds the position in ``symbol``; missing where there never was one."""
+    return f"position:{symbol}"
 
 
 def operation_key(kind: str, account_id: str, operation_id: str) -> str:
@@ -144,6 +156,9 @@ BREACH: Final = Script("breach")
 MARK: Final = Script("mark")
 SWEPT: Final = Script("swept")
 REFRESH: Final = Script("refresh")
+REPACK: Final = Script("repack")
+LEDGER_ROWS: Final = Script("ledger_rows", writes=False)
+COLUMNS: Final = Script("columns")
 
 
 class StateStore:
@@ -155,6 +170,9 @@ class StateStore:
 
     def __init__(self, redis_url: str, settings: Settings) -> None:
         self.url = redis_url
+        self._replicas = settings.redis_wait_replicas
+        if self._replicas is None:
+            self._replicas = 1 if is_sentinel_url(redis_url) else 0
         self.signature = f"{LAYOUT_VERSION}:{contracts_digest(settings.contracts)}:{settings.restore_at}"
         options: dict[str, Any] = {
             "socket_timeout": settings.redis_timeout_seconds,
@@ -163,20 +181,21 @@ class StateStore:
             "health_check_interval": 0,
         }
         self.client = Redis(
-            connection_pool=BlockingConnectionPool.from_url(
-                redis_url, max_connections=16, timeout=settings.redis_timeout_seconds, **options
+            connection_pool=connection_pool(
+                redis_url, max_connections=16, timeout_seconds=settings.redis_timeout_seconds, **options
             )
         )
         # A request makes two calls, a read and a commit, and is answered within the one time. A new connection to a
         # Redis that stands still waits as well: for the answer to its greeting.
         call_seconds = settings.redis_timeout_seconds / 2
-        self._pool = BlockingConnectionPool.from_url(
+        self._pool = connection_pool(
             redis_url,
             max_connections=4,
-            timeout=call_seconds,
-            **{**options, "socket_timeout": call_seconds, "socket_connect_timeout": call_seconds},
+            timeout_seconds=call_seconds,
+            # The batcher bounds a pipeline as a whole.
+            **{**options, "socket_timeout": None, "socket_connect_timeout": call_seconds},
         )
-        self.batcher = Batcher(self._pool, timeout_seconds=call_seconds)
+        self.batcher = Batcher(self._pool, timeout_seconds=call_seconds, replicas=self._replicas)
 
     async def close(self) -> None:
         """Wait for the calls under way, and close every connection."""
@@ -190,15 +209,20 @@ class StateStore:
         Raises the ``Unavailable`` that a refusal of the guard means, ``AccountQuarantined`` for a key of the wrong
         type, ``StoreUnavailable`` when nothing was sent, and ``OutcomeUnknown`` when it was sent and no answer came.
         """
+        call = ("EVALSHA", script.sha, len(keys), *keys, *arguments)
         try:
             try:
-                answer = await self.batcher.execute("EVALSHA", script.sha, len(keys), *keys, *arguments)
+                answer = await self.batcher.execute(*call, replicated=script.writes)
             except NoScriptError:
                 # Redis answers this before it runs anything, so sending the call again cannot apply it twice.
                 await self.batcher.execute("SCRIPT", "LOAD", script.text)
-                answer = await self.batcher.execute("EVALSHA", script.sha, len(keys), *keys, *arguments)
+                answer = await self.batcher.execute(*call, replicated=script.writes)
         except NotSentError as error:
             raise errors.StoreUnavailable("Redis cannot be reached", reason="redis") from error
+        except NotReplicatedError as error:
+            raise errors.OutcomeUnknown(
+                "no replica of Redis has it yet; ask for the operation id before sending anything new", reason="redis"
+            ) from error
         except (RedisConnectionError, RedisTimeoutError, OSError) as error:
             if not script.writes:
                 raise errors.StoreUnavailable("Redis did not answer in time", reason="redis") from error
@@ -222,7 +246,10 @@ class StateStore:
         try:
             found = {
                 name: (await self.client.config_get(name)).get(name)
-                for name in ("appendonly", "appendfsync", "maxmemory-policy", "maxmemory")
+                for name in (
+                    *("appendonly", "appendfsync", "maxmemory-policy", "maxmemory"),
+                    *("min-replicas-to-write", "min-replicas-max-lag"),
+                )
             }
         except ResponseError:
             log.info("the persistence of Redis could not be checked")
@@ -232,6 +259,13 @@ class StateStore:
             faults.append("appendonly is not yes: a restart forgets everything")
         if found["maxmemory"] != "0" and found["maxmemory-policy"] != "noeviction":
             faults.append(f"maxmemory-policy is {found['maxmemory-policy']}: keys would be evicted")
+        if is_sentinel_url(self.url) and (
+            not self._replicas or found["min-replicas-to-write"] == "0" or found["min-replicas-max-lag"] == "0"
+        ):
+            faults.append(
+                "behind Sentinel, without min-replicas-to-write, min-replicas-max-lag and PLIMSOLL_REDIS_WAIT_REPLICAS "
+                "of at least 1, an old master takes writes that nobody will ever see"
+            )
         if faults and not allow_unsafe:
             raise errors.UnsafeRedis(
                 f"Redis would lose state: {'; '.join(faults)}. Mend it, or set PLIMSOLL_ALLOW_UNSAFE_REDIS=1",
@@ -281,6 +315,8 @@ def _raise_refusal(answer: Sequence[Any]) -> None:
             raise errors.StoreUnavailable("Redis has reached its maxmemory and takes no writes", reason="redis_memory")
         case "outbox_full":
             raise errors.OutboxFull("history waits for Postgres; try again later", reason="outbox_full")
+        case "columns_short":
+            raise errors.ColumnsShort(f"{as_text(answer[1])} was lost; it is made anew", reason="columns")
         case "wrong_type":
             key = as_text(answer[1])
             if key.startswith(ACCOUNT_PREFIXES):

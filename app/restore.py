@@ -86,7 +86,9 @@ class RestoredAccount:
 
     def ledger(self, slot: int) -> dict[Any, Any]:
         """The ledger hash of the account."""
-        ledger = {"slot": slot, "seq": self.seq}
+        ledger = {"slot": slot, "seq": self.seq, "balance": pack(self.balance)}
+        for symbol, position in self.positions.items():
+            ledger[keys.ledger_position(symbol)] = pack(position.quantity) + pack(position.cost)
         if self.breach_version is not None:
             ledger["breach_version"] = self.breach_version
         if self.open_breach is not None and self.breach_at_us is not None:

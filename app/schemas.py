@@ -11,6 +11,7 @@ from app.json_body import NumberText
 from app.numbers import parse_decimal
 
 IDENTIFIER_PATTERN = r"^[A-Za-z0-9_.\-]{1,64}$"
+REASON_PATTERN = r"^[^\x00-\x1f\x7f]{1,200}$"
 
 
 def _exact_decimal(value: object) -> Decimal:
@@ -64,8 +65,13 @@ AccountId = Annotated[
         }
     ),
 ]
-OperationId = Annotated[str, BeforeValidator(_text), StringConstraints(pattern=IDENTIFIER_PATTERN)]
-Symbol = Annotated[str, BeforeValidator(_text), StringConstraints(pattern=IDENTIFIER_PATTERN)]
+OperationId = Annotated[
+    str,
+    BeforeValidator(_text),
+    StringConstraints(pattern=IDENTIFIER_PATTERN),
+    WithJsonSchema({"type": "string", "pattern": IDENTIFIER_PATTERN}),
+]
+Symbol = OperationId
 Side = Annotated[
     Literal["buy", "sell"],
     BeforeValidator(_side),
@@ -125,6 +131,19 @@ class TransferRequest(RequestModel):
     client_transfer_id: OperationId | None = None
 
 
+class HaltRequest(RequestModel):
+    """Why trading is halted or resumed, for the record."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"reason": "the feed of marks is being checked"}})
+
+    reason: Annotated[
+        str,
+        BeforeValidator(_text),
+        StringConstraints(pattern=REASON_PATTERN),
+        WithJsonSchema({"type": "string", "pattern": REASON_PATTERN}),
+    ]
+
+
 class PositionShown(BaseModel):
     """The position that a trade left; ``avg_price`` is null when flat."""
 
@@ -176,6 +195,19 @@ class MarkAnswer(BaseModel):
     price: DecimalText
     timestamp: str
     version: int
+
+
+class HaltAnswer(BaseModel):
+    """Whether trading is halted, since when and why; ``recorded`` says whether Postgres has what is said here.
+
+    All but ``halted`` is null where nothing is known of it, as of a halt that was set by hand.
+    """
+
+    halted: bool
+    id: str | None
+    since: str | None
+    reason: str | None
+    recorded: bool
 
 
 class OpenBreachShown(BaseModel):
@@ -250,6 +282,7 @@ class MarginReport(BaseModel):
     swept_version: int
     swept_age_seconds: float | None
     warning: str | None
+    halted: bool
     totals: ReportTotals
     liquidation_candidates: list[ReportAccount]
     accounts: list[ReportAccount]
@@ -283,3 +316,11 @@ class Problem(BaseModel):
     detail: str
     code: str
     next: dict[str, Any] | None = None
+
+
+def problem_answer(description: str) -> dict[str, Any]:
+    """A problem document among the answers of a route; ``app.main`` puts the schema it refers to into the document."""
+    return {
+        "description": description,
+        "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}},
+    }

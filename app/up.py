@@ -10,20 +10,30 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable
-from pathlib import Path
+from datetime import UTC, datetime
 from typing import Final
 
 import httpx
 import typer
 
+from app.api_keys import SCOPES, replace_key, with_engine
 from app.config import Settings
 from app.embedded import Servers, claim, start_servers
 from app.logging import configure_logging
+from app.security import require_keys_beyond_loopback
 from app.server_process import EmbeddedServerError
 from app.supervisor import LIVE_TIMEOUT_SECONDS, Child, say, stop_left_over
 
 STORE_INTERVAL_SECONDS: Final = 1.0
 BACKOFF_SECONDS_MAX: Final = 30.0
+NOT_INHERITED: Final = (
+    *("PLIMSOLL_REDIS_URL_FILE", "PLIMSOLL_DATABASE_URL_FILE"),
+    *("PLIMSOLL_MIGRATIONS_URL", "PLIMSOLL_MIGRATIONS_URL_FILE"),
+)
+"""What the API and the watchdog are not started with: they use the embedded servers, and never as the owner."""
+
+DEMO_KEY: Final = "demo of plimsoll up"
+"""The name of the demo's API key. It is kept in memory alone; the next demo revokes it."""
 
 
 class PortInUse(EmbeddedServerError):
@@ -34,6 +44,8 @@ def up(settings: Settings, *, demo: bool) -> None:
     """Run everything until Ctrl-C or SIGTERM. Raises ``EmbeddedServerError`` with what to do about it."""
     from app.reconcile import migrate  # noqa: PLC0415 - after the ports are known to be free
 
+    require_keys_beyond_loopback(settings, host=settings.api_host, variable="PLIMSOLL_API_HOST")
+    require_keys_beyond_loopback(settings, host=settings.watchdog_host, variable="PLIMSOLL_WATCHDOG_HOST")
     signal.signal(signal.SIGTERM, _interrupt)
     configure_logging(settings.log_level, process="up")
     # It would tell of every live check and every request of the demo.
@@ -50,7 +62,7 @@ def up(settings: Settings, *, demo: bool) -> None:
     try:
         say(f"Redis {servers.redis.version} and Postgres {servers.postgres.version} run, data in {data_dir}")
         settings = settings.model_copy(
-            update={"redis_url": servers.redis_url, "database_url": servers.database_url},
+            update={"redis_url": servers.stores.redis_url, "database_url": servers.stores.database_url},
         )
         migrate(settings, servers.stores)
         asyncio.run(_run(settings, servers, demo=demo))
@@ -94,9 +106,10 @@ async def _run(settings: Settings, servers: Servers, *, demo: bool) -> None:
         loop.add_signal_handler(number, stopped.set)
     api_url = base_url(settings.api_host, settings.api_port)
     watchdog_url = base_url(settings.watchdog_host, settings.watchdog_port)
-    environment = os.environ | {
-        "PLIMSOLL_REDIS_URL": servers.redis_url,
-        "PLIMSOLL_DATABASE_URL": servers.database_url,
+    inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
+    environment = inherited | {
+        "PLIMSOLL_REDIS_URL": servers.stores.redis_url,
+        "PLIMSOLL_DATABASE_URL": servers.stores.database_url,
         "PLIMSOLL_DATA_DIR": str(settings.data_dir),
         "PLIMSOLL_API_PORT": str(settings.api_port),
         "PLIMSOLL_WATCHDOG_PORT": str(settings.watchdog_port),
@@ -112,7 +125,7 @@ async def _run(settings: Settings, servers: Servers, *, demo: bool) -> None:
                 tasks = [asyncio.create_task(child.keep_running(client)) for child in (api, watchdog)]
                 tasks.append(asyncio.create_task(_keep_servers(servers)))
                 if demo and settings.demo == "on":
-                    tasks.append(asyncio.create_task(_run_demo(api_url, settings.data_dir / "demo.json"), name="demo"))
+                    tasks.append(asyncio.create_task(_run_demo(api_url, settings, servers), name="demo"))
                 await _first_failure(stopped, tasks)
         finally:
             for task in reversed(tasks):
@@ -160,10 +173,17 @@ async def _first_failure(stopped: asyncio.Event, tasks: list[asyncio.Task[None]]
             task.result()
 
 
-async def _run_demo(api_url: str, state_file: Path) -> None:
+async def _run_demo(api_url: str, settings: Settings, servers: Servers) -> None:
     from app.demo import run_demo  # noqa: PLC0415 - only where the demo runs
 
-    await run_demo(api_url, state_file=state_file)
+    api_key = None
+    if settings.auth == "on":
+        # It looks at the whole report to find out whether it is alone, so its key reaches every account.
+        api_key = await with_engine(
+            servers.stores.database_url,
+            lambda engine: replace_key(engine, name=DEMO_KEY, scopes=SCOPES, accounts=["*"], now=datetime.now(UTC)),
+        )
+    await run_demo(api_url, state_file=settings.data_dir / "demo.json", api_key=api_key)
 
 
 async def _keep_servers(servers: Servers) -> None:
@@ -184,8 +204,10 @@ async def _keep_servers(servers: Servers) -> None:
 
 def _welcome(servers: Servers, api_url: str, watchdog_url: str, settings: Settings) -> None:
     """What runs where, and lines to paste."""
+    key = """ -H "Authorization: Bearer $PLIMSOLL_API_KEY\"""" if settings.auth == "on" else ""
     deposit = ["curl", "-s", f"{api_url}/accounts/alice/deposit"]
     deposit += ["-H", "content-type: application/json", "-d", '{"amount": "10000"}']
+    keys = "a key      plimsoll keys create --name me --scope read --scope operate\n  " if key else ""
     typer.echo(
         f"""
 Plimsoll is up.
@@ -194,8 +216,8 @@ Plimsoll is up.
   docs       {api_url}/docs
   metrics    {api_url}/metrics and {watchdog_url}/metrics
 
-  deposit    {shlex.join(deposit)}
-  report     curl -s {api_url}/margin-report
+  {keys}deposit    {shlex.join(deposit)}{key}
+  report     curl -s {api_url}/margin-report{key}
   Redis      {servers.redis_cli_line}
   Postgres   {servers.psql_line}
 

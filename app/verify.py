@@ -208,8 +208,10 @@ def compare(fold: Fold, found: Found | None, contracts: Mapping[str, Contract]) 
                 f"{symbol} is {format_decimal(held.quantity)} at cost {format_decimal(held.cost)} in Redis, history "
                 f"makes it {format_decimal(folded.quantity)} at cost {format_decimal(folded.cost)}"
             )
-    if found.packed_account() != fold.account:
-        faults.append("its row in the columns differs from history")
+    if found.known_account() != fold.account:
+        faults.append("its ledger differs from history")
+    if not found.packed_agrees():
+        faults.append("its row in the columns differs from its ledger")
     elif not found.agrees(account):
         faults.append("its keys are not written as Plimsoll writes them (an average price or a number edited by hand)")
     open_breach = found.breach.id if found.breach else None

@@ -86,7 +86,7 @@ def stores(servers: Servers, template_database: str, tmp_path: Path) -> Iterator
         client.flushall()
     name = f"plimsoll_test_{next(_database_numbers)}"
     execute(servers.database_url, f"CREATE DATABASE {name} TEMPLATE {template_database}")
-    clean = Stores(servers.redis_url, in_database(servers.database_url, name))
+    clean = in_database_of(servers, name)
     reconcile.migrate(
         Settings(redis_url=clean.redis_url, database_url=clean.database_url, data_dir=tmp_path),
         clean,
@@ -143,8 +143,8 @@ async def redis_client(stores: Stores) -> AsyncIterator[redis.asyncio.Redis]:
 
 @pytest.fixture
 async def postgres(stores: Stores) -> AsyncIterator[asyncpg.Connection]:
-    """The test's own connection to Postgres."""
-    connection = await asyncpg.connect(stores.database_url)
+    """The test's own connection to Postgres, as the owner of everything."""
+    connection = await asyncpg.connect(stores.owner_url)
     yield connection
     await connection.close()
 
@@ -152,6 +152,15 @@ async def postgres(stores: Stores) -> AsyncIterator[asyncpg.Connection]:
 def in_database(database_url: str, name: str) -> str:
     """The same server, another database."""
     return make_url(database_url).set(database=name).render_as_string(hide_password=False)
+
+
+def in_database_of(servers: Servers, name: str) -> Stores:
+    """The stores of ``servers`` with another database, which the service uses as the role it is made for."""
+    return Stores(
+        servers.redis_url,
+        database_url=in_database(servers.postgres.url, name),
+        migrations_url=in_database(servers.postgres.owner_url, name),
+    )
 
 
 def execute(database_url: str, statement: str) -> None:

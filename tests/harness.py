@@ -202,13 +202,14 @@ class System:
         return None
 
     def command(self, *arguments: str, answers: str = "") -> subprocess.CompletedProcess[str]:
-        """Run ``plimsoll ...`` on these stores, with ``answers`` on its input."""
+        """Run ``plimsoll ...`` on these stores, with ``answers`` on its input. It alone may become the owner."""
+        owner = {"migrations_url": self.stores.migrations_url} if self.stores.migrations_url else {}
         return subprocess.run(
             [sys.executable, "-m", "app.cli", *arguments],
             check=False,
             capture_output=True,
             text=True,
-            env=self.environment(),
+            env=self.environment(**owner),
             input=answers,
             timeout=60,
         )

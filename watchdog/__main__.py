@@ -6,7 +6,7 @@ import asyncio
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AsyncExitStack, contextmanager, suppress
 
 import structlog
 import uvicorn
@@ -18,11 +18,14 @@ from app import background, database, errors
 from app.booking import Booking
 from app.config import Settings, get_settings
 from app.embedded import locate_stores
+from app.http_protocol import BoundedHttpProtocol
 from app.logging import configure_logging
 from app.outbox import Outbox
 from app.reconcile import keep_reconciled
 from app.redis_client import StateStore
-from app.server_process import EmbeddedServerError
+from app.security import open_gate, require_keys_beyond_loopback
+from app.sentinel import connection_pool
+from app.start_refusal import say_refusal
 from watchdog.audit import Audit
 from watchdog.invariants import Invariants
 from watchdog.refresh import Refresher
@@ -49,10 +52,14 @@ async def watch(settings: Settings) -> None:
     """Sweep until SIGINT or SIGTERM."""
     stores = locate_stores(settings)
     store, engine = StateStore(stores.redis_url, settings), database.create_engine(stores.database_url)
-    subscriber = Redis.from_url(
-        stores.redis_url,
-        socket_connect_timeout=settings.redis_timeout_seconds,
-        health_check_interval=SUBSCRIPTION_HEALTH_SECONDS,
+    subscriber = Redis(
+        connection_pool=connection_pool(
+            stores.redis_url,
+            max_connections=1,
+            timeout_seconds=settings.redis_timeout_seconds,
+            socket_connect_timeout=settings.redis_timeout_seconds,
+            health_check_interval=SUBSCRIPTION_HEALTH_SECONDS,
+        )
     )
     writer = database.create_engine(stores.database_url, pool_size=database.WRITER_POOL_SIZE)
     outbox = Outbox(store, writer, settings)
@@ -87,11 +94,14 @@ async def watch(settings: Settings) -> None:
             log.critical("a task ended; the watchdog stops", task=task.get_name(), error=repr(task.exception()))
             server.should_exit = True
 
+    opened = AsyncExitStack()
+    gate = await opened.enter_async_context(open_gate(settings, writer))
     server = PageServer(
         uvicorn.Config(
-            create_server(booking, sweeper),
+            create_server(booking, sweeper, gate),
             host=settings.watchdog_host,
             port=settings.watchdog_port,
+            http=BoundedHttpProtocol,
             log_config=None,
             log_level="warning",
             access_log=False,
@@ -111,6 +121,7 @@ async def watch(settings: Settings) -> None:
     try:
         await server.serve()
     finally:
+        await opened.aclose()
         scheduler.shutdown(wait=False)
         await background.end(tasks)
         await outbox.stop()
@@ -122,13 +133,17 @@ async def watch(settings: Settings) -> None:
 
 def main() -> None:
     """Run the watchdog of this process's settings."""
-    settings = get_settings()
-    configure_logging(settings.log_level, process="watchdog")
+    configure_logging("info", process="watchdog")
     try:
+        settings = get_settings()
+        configure_logging(settings.log_level, process="watchdog")
+        require_keys_beyond_loopback(settings, host=settings.watchdog_host, variable="PLIMSOLL_WATCHDOG_HOST")
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(watch(settings))
-    except (EmbeddedServerError, errors.UnsafeRedis) as error:
-        sys.exit(str(error))
+    except Exception as error:
+        if not say_refusal(error):
+            raise
+        sys.exit(1)
 
 
 if __name__ == "__main__":

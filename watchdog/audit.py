@@ -1,5 +1,8 @@
 """The audit: walk the user's keys a bounded piece per timer sweep, adopt honest edits, quarantine what cannot be read.
 
+A row of the columns that is not what the account's ledger says is written again on the way; a column that was lost as a
+whole is made anew by the next sweep.
+
 Two walks go on at once: over the slots, which finds keys that were edited or lost, and over all of Redis' keys, which
 finds accounts that were made by hand. The first is through after ``accounts / audit_accounts_per_sweep`` timer sweeps,
 500 accounts a second by default; the second passes six times as many keys, the operation ids of a day among them. Who
@@ -69,6 +72,8 @@ class Audit:
             account = self._booking.parse(snapshot)
             if not snapshot.agrees(account):
                 await self._booking.adopt(snapshot)
+            elif not snapshot.packed_agrees():
+                await self._booking.column_repair.repack(name)
         except errors.AccountQuarantined as error:
             if not was_quarantined:
                 log.warning("quarantined an account", account_id=name, reason=error.detail)

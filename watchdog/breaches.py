@@ -1,8 +1,8 @@
 """Open and end breaches: decide each survivor of the screen in Decimal, and record the verdict once.
 
-A verdict is on the row that was read, at the marks it was read with. The script that records it refuses when that row
-is no longer the record, or when the account's last breach transition was at a newer mark version; the account is then
-read and judged again, a few times, and counted overdue if it keeps moving.
+A verdict is on the row that was read, at the marks it was read with. One call of the script records many, each judged
+on its own: it refuses one whose row is no longer the record, or whose account's last breach transition was at a newer
+mark version; that account is then read and judged again, a few times, and counted overdue if it keeps moving.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from app.services.trading import Account
 
 ATTEMPTS_MAX: Final = 5
 VERDICTS_AT_ONCE: Final = 500
+VERDICTS_PER_CALL: Final = 100
+"""A script holds up everybody else at Redis for as long as it runs."""
 
 log = structlog.get_logger(__name__)
 
@@ -75,6 +77,33 @@ class _Judged:
         return trading.is_candidate(self.valued)
 
 
+_Outcome = HistoryEntry | str | None
+"""The row a verdict made, why its account is set apart, or nothing: the account was not the one judged any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """What is to be recorded of a judged account; ``body`` is the row's evidence."""
+
+    judged: _Judged
+    kind: Kind
+    body: bytes
+
+    def arguments(self) -> list[str | bytes | int]:
+        """Its part of what the script is called with."""
+        account = self.judged.account
+        return [
+            account.account_id,
+            self.kind,
+            self.judged.mark_version,
+            format_decimal(account.balance),
+            self.judged.breach or "",
+            self.body,
+            len(account.positions),
+            *_record_texts(account),
+        ]
+
+
 class BreachBook:
     """Records verdicts for one watchdog."""
 
@@ -86,49 +115,63 @@ class BreachBook:
         self, chunk: Chunk, screened: ScreenedChunk, quarantined: Mapping[int, str]
     ) -> AsyncIterator[Settled]:
         """Judge every row that the screen lets through and record what changed, a bounded number at a time."""
-        in_breach = chunk.breach != 0
         readable = chunk.readable(quarantined)
         # An open breach of a clear candidate changes nothing, so that verdict needs no second look.
-        unchanged = readable & in_breach & screened.surely_candidate
+        unchanged = readable & screened.in_breach & screened.surely_candidate
         yield Settled(candidates=int(unchanged.sum()))
         survivors = np.flatnonzero(readable & ~unchanged & (screened.may_be_candidate | screened.may_be_restored))
         for first in range(0, len(survivors), VERDICTS_AT_ONCE):
             indices = [int(index) for index in survivors[first : first + VERDICTS_AT_ONCE]]
             names = await account_names(self._store.client, [chunk.first_slot + index for index in indices])
-            verdicts = (self._settle_row(chunk, index, name) for index, name in zip(indices, names, strict=True))
-            settled = Settled()
-            for one in await asyncio.gather(*verdicts):
-                settled.add(one)
-            yield settled
+            yield await self._settle_rows(chunk, indices, names)
 
-    async def _settle_row(self, chunk: Chunk, index: int, name: str) -> Settled:
-        account = chunk.account(index, name)
+    async def _settle_rows(self, chunk: Chunk, indices: Sequence[int], names: Sequence[str]) -> Settled:
+        """Record the verdicts on some rows together; the accounts that moved meanwhile are settled one by one."""
+        settled, verdicts = Settled(), []
+        for index, name in zip(indices, names, strict=True):
+            judged = self._judge(chunk.account(index, name), chunk, int(chunk.breach[index]))
+            kind = self._verdict(judged)
+            if kind is None:
+                settled.candidates += int(judged.is_candidate)
+            else:
+                verdicts.append(_verdict_on(judged, kind))
+        calls = [verdicts[first : first + VERDICTS_PER_CALL] for first in range(0, len(verdicts), VERDICTS_PER_CALL)]
+        moved: list[_Judged] = []
+        for call, outcomes in zip(calls, await asyncio.gather(*map(self._record, calls)), strict=True):
+            for verdict, outcome in zip(call, outcomes, strict=True):
+                if outcome is None:
+                    moved.append(verdict.judged)
+                else:
+                    settled.add(_settled_by(verdict, outcome, was_in_breach=bool(verdict.judged.breach)))
+        for one in await asyncio.gather(*map(self._settle_again, moved)):
+            settled.add(one)
+        return settled
+
+    def _judge(self, account: Account, chunk: Chunk, breach: int) -> _Judged:
         prices = chunk.marks.prices
         valued = trading.account_margin(account, contracts=self._booking.contracts, prices=prices)
-        judged = _Judged(account, valued, prices, chunk.marks.version, int(chunk.breach[index]))
-        return await self._settle(judged)
+        return _Judged(account, valued, prices, chunk.marks.version, breach)
 
-    async def _settle(self, judged: _Judged) -> Settled:
-        """Record a verdict; one that is refused as stale is made again on what the account is now.
+    async def _settle_again(self, judged: _Judged) -> Settled:
+        """Judge an account whose verdict was refused as stale on what it is now, until it holds still.
 
         An account that cannot be read is set apart, so that it keeps no other from being judged.
         """
         name, was_in_breach = judged.account.account_id, bool(judged.breach)
         try:
-            for _ in range(ATTEMPTS_MAX):
-                kind = self._verdict(judged)
-                if kind is None:
-                    more = bool(judged.breach) - was_in_breach
-                    return Settled(candidates=int(judged.is_candidate), breaches_more=more)
-                entry = await self._record(judged, kind)
-                if entry is not None and kind == "liquidation":
-                    return Settled(opened=[entry], candidates=1, breaches_more=1 - was_in_breach)
-                if entry is not None:
-                    return Settled(ended=[entry], breaches_more=-int(was_in_breach))
+            for _ in range(ATTEMPTS_MAX - 1):
                 current = await self._judge_again(name)
                 if current is None:
                     return Settled()
                 judged = current
+                kind = self._verdict(judged)
+                if kind is None:
+                    more = bool(judged.breach) - was_in_breach
+                    return Settled(candidates=int(judged.is_candidate), breaches_more=more)
+                verdict = _verdict_on(judged, kind)
+                (outcome,) = await self._record([verdict])
+                if outcome is not None:
+                    return _settled_by(verdict, outcome, was_in_breach=was_in_breach)
         except (errors.AccountQuarantined, errors.UnknownAccount) as error:
             return Settled(quarantined={name: error.detail})
         except (errors.OutboxFull, errors.Contended) as error:
@@ -143,50 +186,37 @@ class BreachBook:
             return "recovery" if restored else None
         return "liquidation" if judged.is_candidate else None
 
-    async def _record(self, judged: _Judged, kind: Kind) -> HistoryEntry | None:
-        """The row of history that the verdict made, or None if the account was not the one judged any more."""
-        account, name = judged.account, judged.account.account_id
-        if kind == "liquidation":
-            body = liquidation_body(account, judged.valued, prices=judged.prices, mark_version=judged.mark_version)
-        else:
-            body = recovery_body(
-                account,
-                judged.valued,
-                prices=judged.prices,
-                mark_version=judged.mark_version,
-                liquidation_id=judged.breach,
-                cause="the mark",
-            )
+    async def _record(self, verdicts: Sequence[_Verdict]) -> list[_Outcome]:
+        """What came of each verdict: its row of history, None if the account had moved, or why it is set apart."""
         await failpoints.reach("breach.verdict")
-        answer = await self._store.run(
+        _, epoch, time_us, answers = await self._store.run(
             keys.BREACH,
             [
                 keys.STATE_EPOCH,
                 keys.STATE_RUN_ID,
                 keys.HISTORY_LAST_ID,
                 keys.OUTBOX,
-                keys.balance_key(name),
-                keys.positions_key(name),
-                keys.ledger_key(name),
                 keys.COLUMN_BREACH,
-                keys.LIQUIDATIONS if kind == "liquidation" else keys.RECOVERIES,
                 keys.ACCOUNTS,
+                keys.LIQUIDATIONS,
+                keys.RECOVERIES,
+                *(key for verdict in verdicts for key in _account_keys(verdict.judged.account.account_id)),
             ],
-            [
-                self._store.signature,
-                name,
-                kind,
-                judged.mark_version,
-                format_decimal(account.balance),
-                judged.breach or "",
-                body,
-                *_record_texts(account),
-            ],
+            [self._store.signature, *(argument for verdict in verdicts for argument in verdict.arguments())],
         )
-        if answer[0] != "ok":
-            return None
-        _, history_id, seq, time_us, epoch = answer
-        return HistoryEntry(int(history_id), kind, name, seq, int(epoch), int(time_us), body)
+        outcomes: list[_Outcome] = []
+        for verdict, answer in zip(verdicts, answers, strict=True):
+            if answer[0] == b"ok":
+                _, history_id, seq = answer
+                name = verdict.judged.account.account_id
+                outcomes.append(
+                    HistoryEntry(int(history_id), verdict.kind, name, seq, int(epoch), int(time_us), verdict.body)
+                )
+            elif answer[0] == b"wrong_type":
+                outcomes.append(f"the key {keys.as_text(answer[1])} is not what it should be")
+            else:
+                outcomes.append(None)
+        return outcomes
 
     async def _judge_again(self, name: str) -> _Judged | None:
         """The account as it is now at the marks of now; an edit by hand is adopted first. None without a mark."""
@@ -213,6 +243,35 @@ class BreachBook:
             for symbol, mark in snapshot.marks(self._booking.contracts).items()
             if limit_seconds is None or snapshot.now_us - mark.timestamp_us <= limit_seconds * 1_000_000
         }
+
+
+def _verdict_on(judged: _Judged, kind: Kind) -> _Verdict:
+    """The verdict with its evidence."""
+    if kind == "liquidation":
+        body = liquidation_body(judged.account, judged.valued, prices=judged.prices, mark_version=judged.mark_version)
+    else:
+        body = recovery_body(
+            judged.account,
+            judged.valued,
+            prices=judged.prices,
+            mark_version=judged.mark_version,
+            liquidation_id=judged.breach,
+            cause="the mark",
+        )
+    return _Verdict(judged, kind, body)
+
+
+def _settled_by(verdict: _Verdict, outcome: HistoryEntry | str, *, was_in_breach: bool) -> Settled:
+    """What a recorded verdict comes to, or one on an account whose keys are not what they should be."""
+    if isinstance(outcome, str):
+        return Settled(quarantined={verdict.judged.account.account_id: outcome})
+    if verdict.kind == "liquidation":
+        return Settled(opened=[outcome], candidates=1, breaches_more=1 - was_in_breach)
+    return Settled(ended=[outcome], breaches_more=-int(was_in_breach))
+
+
+def _account_keys(name: str) -> tuple[str, str, str]:
+    return keys.balance_key(name), keys.positions_key(name), keys.ledger_key(name)
 
 
 def _record_texts(account: Account) -> Sequence[str]:

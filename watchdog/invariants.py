@@ -196,12 +196,17 @@ class Invariants:
         return sorted(self._different)
 
     async def _differs(self, name: str) -> bool:
-        """Whether an account's packed row differs from its keys for good: an edit by hand is adopted first."""
+        """Whether an account's packed row or its keys differ from its ledger; an edit by hand is adopted first.
+
+        A packed row that does is the audit's to write again.
+        """
         if await self._breach_differs(name):
             return True
         try:
             snapshot = await self._booking.read(name)
-            if snapshot.agrees(self._booking.parse(snapshot)) or not await self._booking.adopt(snapshot):
+            if snapshot.agrees(self._booking.parse(snapshot)):
+                return not snapshot.packed_agrees()
+            if not await self._booking.adopt(snapshot):
                 return False
             snapshot = await self._booking.read(name)
             return not snapshot.agrees(self._booking.parse(snapshot)) and not await self._booking.adopt(snapshot)

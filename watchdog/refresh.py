@@ -91,11 +91,8 @@ class Refresher:
 
 def _most_at_risk(screened: ScreenedChunk, count: int) -> list[int]:
     """The open rows with the least equity above their maintenance margin."""
-    headroom = np.where(
-        screened.is_open & ~screened.unvalued,
-        screened.valued.equity - screened.valued.maintenance_margin,
-        np.inf,
-    )
+    valued = screened.valued
+    headroom = np.where(screened.is_open & ~screened.unvalued, valued.equity - valued.maintenance_margin, np.inf)
     if count >= len(headroom):
         return list(range(len(headroom)))
     return [int(index) for index in np.argpartition(headroom, count)[:count]]

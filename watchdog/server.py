@@ -17,6 +17,8 @@ from app import errors
 from app import metrics as shared_metrics
 from app import redis_client as keys
 from app.booking import Booking
+from app.problems import problem_response
+from app.security import Access, Gate
 from watchdog import metrics
 from watchdog.sweep import Sweeper
 
@@ -25,12 +27,20 @@ WEDGED_INTERVALS: Final = 3
 log = structlog.get_logger(__name__)
 
 
-def create_server(booking: Booking, sweeper: Sweeper) -> Starlette:
-    """``/metrics``, ``/health/live`` and ``/health/ready``."""
-    limit_seconds = WEDGED_INTERVALS * booking.settings.sweep_interval_seconds
+METRICS_ACCESS: Final = Access(scope="read", account_keys=False, route="GET /metrics", reads=True)
 
-    async def serve_metrics(_: Request) -> Response:
+
+def create_server(booking: Booking, sweeper: Sweeper, gate: Gate | None) -> Starlette:
+    """``/metrics``, behind ``gate`` where there is one, ``/health/live`` and ``/health/ready``."""
+    limit_seconds = WEDGED_INTERVALS * booking.settings.sweep_interval_seconds
+    metrics.show_settings(booking.settings)
+
+    async def serve_metrics(request: Request) -> Response:
+        if gate is not None:
+            await gate.admit(request, METRICS_ACCESS)
         await _read_counters(booking)
+        if sweeper.swept is not None:
+            metrics.show_bands(sweeper.swept)
         return Response(
             generate_latest(metrics.REGISTRY) + generate_latest(shared_metrics.REGISTRY),
             headers={"Content-Type": CONTENT_TYPE_LATEST},
@@ -70,19 +80,32 @@ def create_server(booking: Booking, sweeper: Sweeper) -> Starlette:
             Route("/metrics", serve_metrics),
             Route("/health/live", live),
             Route("/health/ready", ready),
-        ]
+        ],
+        exception_handlers={errors.PlimsollError: _refuse},
     )
+
+
+async def _refuse(_: Request, error: Exception) -> Response:
+    """The problem document of what the gate raises."""
+    assert isinstance(error, errors.PlimsollError)
+    response = problem_response(*errors.problem(error))
+    response.headers.update(error.headers)
+    return response
 
 
 async def _read_counters(booking: Booking) -> None:
     """Bring what Redis counts up to date; what cannot be read keeps its last value."""
     try:
         liquidations, recoveries = await booking.store.client.mget([keys.LIQUIDATIONS, keys.RECOVERIES])
+        halted = await booking.store.client.exists(keys.STATE_HALTED)
+        dead_letters = await booking.store.client.xlen(keys.OUTBOX_DEAD)
         outbox = await booking.outbox.state()
     except (RedisError, OSError) as error:
         log.warning("metrics of Redis are not up to date", error=repr(error))
         return
     metrics.COUNTERS.liquidations = int(liquidations or 0)
     metrics.COUNTERS.recoveries = int(recoveries or 0)
+    metrics.HALTED.set(halted)
     metrics.OUTBOX_ENTRIES.set(outbox.entries)
     metrics.OUTBOX_OLDEST_AGE.set(outbox.oldest_age_seconds)
+    metrics.DEAD_LETTER_ENTRIES.set(dead_letters)

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+import numpy as np
 import structlog
 from redis.exceptions import RedisError
 
-from app import errors, failpoints
+from app import background, errors, failpoints
 from app import redis_client as keys
 from app.booking import Booking
 from app.columns import Chunk, Marks, ScreenedChunk, Sums, Totals, quarantined_slots, read_chunk, read_marks, screen
@@ -29,6 +31,11 @@ from watchdog.refresh import Refresher
 
 ADOPTIONS_MAX: Final = 5
 LEFT_OVER_READ_AT_ONCE: Final = 1_000
+RECORDING_AT_ONCE: Final = 8
+"""Pieces of verdicts whose rows are on their way to Postgres: more would only wait there until they seem unanswered."""
+
+THREAD_ROWS_MIN: Final = 16_384
+"""Below, numpy is done before a thread has begun."""
 
 log = structlog.get_logger(__name__)
 
@@ -58,6 +65,16 @@ class _Tally:
     in_breach: int = 0
     negative_equity: int = 0
     chunks: list[tuple[Chunk, ScreenedChunk]] = field(default_factory=list)
+
+    def count(self, chunk: Chunk, screened: ScreenedChunk, quarantined: Mapping[int, str]) -> None:
+        """Count the rows of ``chunk`` in, as they were read."""
+        readable = chunk.readable(quarantined)
+        flat = readable & ~screened.in_breach & ~screened.is_open
+        self.sums.add(chunk)
+        self.accounts += int(np.count_nonzero(readable))
+        self.in_breach += int(np.count_nonzero(readable & screened.in_breach))
+        self.negative_equity += int(np.count_nonzero(chunk.balance[flat] < 0))
+        self.chunks.append((chunk, screened))
 
 
 class Sweeper:
@@ -112,6 +129,7 @@ class Sweeper:
                 self.last_sign_of_life = time.monotonic()
                 for trigger in triggers:
                     metrics.SWEEPS.labels(trigger, result).inc()
+                metrics.STATE_WRITABLE.set(result != "unavailable")
                 finished.set_result(None)
             if result == "ok" and self.swept is not None:
                 await self._refresh(self.swept)
@@ -133,23 +151,19 @@ class Sweeper:
         tally = _Tally()
         marks = await self._adopted_marks()
         versions, epoch = [marks.version], marks.epoch
-        first_slot, size = 0, self._settings.sweep_chunk_accounts
-        recording: list[asyncio.Task[None]] = []
-        while True:
-            chunk = await self._read_chunk(first_slot, size)
-            marks = chunk.marks
-            versions.append(marks.version)
-            chunk = replace(chunk, marks=marks.fresh(self._settings.mark_max_age_seconds))
-            screened = screen(chunk, self._booking.contracts, restore_at=self._settings.restore_at)
-            settled = Settled()
-            async for part in self._breaches.settle(chunk, screened, quarantined):
-                self.last_sign_of_life = time.monotonic()
-                recording.append(asyncio.create_task(self._record(part, marks)))
-                settled.add(part)
-            self._count(tally, chunk, screened, settled, quarantined)
-            if len(chunk) < size:
-                break
-            first_slot += size
+        recording: deque[asyncio.Task[None]] = deque()
+        async with aclosing(self._chunks()) as chunks:
+            async for read in chunks:
+                marks = read.marks
+                versions.append(marks.version)
+                chunk = replace(read, marks=marks.fresh(self._settings.mark_max_age_seconds))
+                screened = await self._look_at(chunk, tally, quarantined)
+                async for part in self._breaches.settle(chunk, screened, quarantined):
+                    self.last_sign_of_life = time.monotonic()
+                    if len(recording) >= RECORDING_AT_ONCE:
+                        await recording.popleft()
+                    recording.append(asyncio.create_task(self._record(part, marks)))
+                    tally.settled.add(part)
         await asyncio.gather(*recording)
         _log_transitions(tally.settled)
         await self._record_left_over(tally.settled)
@@ -178,29 +192,44 @@ class Sweeper:
     async def _read_chunk(self, first_slot: int, size: int) -> Chunk:
         """A chunk none of whose marks is without a version."""
         for _ in range(ADOPTIONS_MAX):
-            chunk = await read_chunk(self._store.client, first_slot, size, self._booking.contracts)
+            try:
+                chunk = await read_chunk(self._store.client, first_slot, size, self._booking.contracts)
+            except errors.ColumnsShort:
+                # No account may be missed meanwhile, so the sweep waits.
+                await self._booking.column_repair.rebuild()
+                continue
             if not chunk.marks.by_hand:
                 return chunk
             await self._adopted_marks()
         raise errors.Contended("a mark is set by hand faster than it can be adopted", reason="contended")
 
-    def _count(
-        self,
-        tally: _Tally,
-        chunk: Chunk,
-        screened: ScreenedChunk,
-        settled: Settled,
-        quarantined: Mapping[int, str],
-    ) -> None:
-        tally.settled.add(settled)
-        tally.sums.add(chunk)
-        readable = chunk.readable(quarantined)
-        in_breach = readable & (chunk.breach != 0)
-        flat = readable & ~in_breach & ~screened.is_open
-        tally.accounts += int(readable.sum())
-        tally.in_breach += int(in_breach.sum()) + settled.breaches_more
-        tally.negative_equity += int((flat & (chunk.balance < 0)).sum())
-        tally.chunks.append((chunk, screened))
+    async def _chunks(self) -> AsyncGenerator[Chunk]:
+        """Every account, chunk by chunk; the next chunk is read while one is looked at."""
+        first_slot, size = 0, self._settings.sweep_chunk_accounts
+        reading = asyncio.create_task(self._read_chunk(first_slot, size))
+        try:
+            while True:
+                chunk = await reading
+                if len(chunk) < size:
+                    yield chunk
+                    return
+                first_slot += size
+                reading = asyncio.create_task(self._read_chunk(first_slot, size))
+                yield chunk
+        finally:
+            await background.end([reading])
+
+    async def _look_at(self, chunk: Chunk, tally: _Tally, quarantined: Mapping[int, str]) -> ScreenedChunk:
+        """Screen and count a chunk, a large one in a thread: numpy leaves the loop to others meanwhile."""
+
+        def screen_and_count() -> ScreenedChunk:
+            screened = screen(chunk, self._booking.contracts, restore_at=self._settings.restore_at)
+            tally.count(chunk, screened, quarantined)
+            return screened
+
+        if len(chunk) < THREAD_ROWS_MIN:
+            return screen_and_count()
+        return await asyncio.to_thread(screen_and_count)
 
     async def _record(self, settled: Settled, marks: Marks) -> None:
         """Wait until the rows that some verdicts made are in Postgres, or it is known to be away."""
@@ -247,12 +276,13 @@ class Sweeper:
         quarantined: Mapping[int, str],
         without_slot: Sequence[str],
     ) -> Swept:
+        in_breach = tally.in_breach + tally.settled.breaches_more
         states = Counter(
             candidate=tally.settled.candidates,
             quarantined=len(quarantined) + len(without_slot),
             negative_equity=tally.negative_equity,
             # Every candidate of this sweep has an open breach by now, but for those that kept moving.
-            recovering=max(0, tally.in_breach - (tally.settled.candidates - tally.settled.overdue)),
+            recovering=max(0, in_breach - (tally.settled.candidates - tally.settled.overdue)),
         )
         states["ok"] = tally.accounts - states["candidate"] - states["recovering"] - states["negative_equity"]
         return Swept(
@@ -260,7 +290,7 @@ class Sweeper:
             marks=marks,
             accounts=tally.accounts,
             states={state: states[state] for state in ACCOUNT_STATES},
-            open_breaches=tally.in_breach,
+            open_breaches=in_breach,
             overdue=tally.settled.overdue,
             totals=tally.sums.value(marks.prices, self._booking.contracts),
             chunks=tally.chunks,

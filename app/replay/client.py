@@ -57,7 +57,7 @@ class Connections(Protocol):
 
 
 class ApiClient:
-    """Sends requests one way: with a timeout, and again while the answer is 503 or missing, for a bounded time.
+    """Sends requests one way: with a timeout, and again while the answer is 429, 503 or missing, for a bounded time.
 
     Sending again is safe: trades and transfers carry operation ids, and a mark sent twice is an equal mark.
     """
@@ -67,10 +67,10 @@ class ApiClient:
         self._sweep_seconds = 0.0
 
     @classmethod
-    def connect(cls, api_url: str) -> ApiClient:
-        """A client of the API at ``api_url``; to be closed. Raises ``ReplayError`` if that is no URL."""
+    def connect(cls, api_url: str, *, api_key: str | None = None) -> ApiClient:
+        """A client of the API at ``api_url``; to be closed. Raises ``ReplayError`` if that is no URL, or no key."""
         try:
-            return cls(HttpConnections(api_url))
+            return cls(HttpConnections(api_url, api_key=api_key))
         except ValueError as error:
             raise ReplayError(str(error)) from error
 
@@ -81,7 +81,8 @@ class ApiClient:
     async def send(self, request: Request) -> list[Exchange]:
         """Every attempt at ``request`` in order; the last one has the answer.
 
-        Raises ``ReplayError`` when there is none for ``UNANSWERED_SECONDS_MAX``, or one that blames the server.
+        Raises ``ReplayError`` when there is none for ``UNANSWERED_SECONDS_MAX``, or one that blames the server or the
+        API key.
         """
         attempts: list[Exchange] = []
         given_up_at = time.monotonic() + UNANSWERED_SECONDS_MAX
@@ -89,10 +90,15 @@ class ApiClient:
             exchange, pause_seconds = await self._attempt(request)
             attempts.append(exchange)
             status = exchange.answer.status
-            if status in {0, 503}:
+            if status in {0, 429, 503}:
                 if time.monotonic() + pause_seconds > given_up_at:
                     raise ReplayError(f"{request.method} {request.path}: {_detail(exchange.answer)}")
                 await asyncio.sleep(pause_seconds)
+            elif status in {401, 403}:
+                raise ReplayError(
+                    f"{request.method} {request.path} answered {status}: {_detail(exchange.answer)}. It takes a key "
+                    "with the scopes read, trade, mark and operate for every account: --key, or PLIMSOLL_API_KEY"
+                )
             elif status >= 500:
                 raise ReplayError(f"{request.method} {request.path} answered {status}: {_detail(exchange.answer)}")
             else:

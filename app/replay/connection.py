@@ -30,9 +30,12 @@ class HttpResponse:
 
 
 class HttpConnections:
-    """At most ``CONNECTIONS_MAX`` connections to the server of one URL, made when needed and kept."""
+    """At most ``CONNECTIONS_MAX`` connections to the server of one URL, made when needed and kept.
 
-    def __init__(self, url: str) -> None:
+    With ``api_key`` every request carries it.
+    """
+
+    def __init__(self, url: str, *, api_key: str | None = None) -> None:
         parts = urlsplit(url)
         if parts.scheme not in {"http", "https"} or not parts.hostname:
             raise ValueError(f"not the URL of an API: {url}")
@@ -41,6 +44,9 @@ class HttpConnections:
         self._port = parts.port or (443 if self._tls else 80)
         self._prefix = parts.path.rstrip("/")
         self._authority = parts.netloc.rpartition("@")[2]
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+            raise ValueError("that is no API key")
+        self._authorization = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
         self._idle: list[_Connection] = []
         self._slots = asyncio.Semaphore(CONNECTIONS_MAX)
 
@@ -52,7 +58,7 @@ class HttpConnections:
         content = b"" if body is None else orjson.dumps(body)
         head = (
             f"{method} {self._prefix}{target} HTTP/1.1\r\nHost: {self._authority}\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+            f"{self._authorization}Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
         )
         async with self._slots:
             connection = await self._connection()

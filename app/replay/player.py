@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
@@ -43,6 +43,7 @@ class ReplayOptions:
     start: datetime | None
     end: datetime | None
     log: Path | None
+    api_key: str | None = field(default=None, repr=False)
 
 
 def replay(options: ReplayOptions) -> int:
@@ -62,7 +63,7 @@ def replay(options: ReplayOptions) -> int:
 
 
 async def _replay(options: ReplayOptions, bars: Sequence[Bar], console: Console) -> Tally:
-    client = ApiClient.connect(options.api_url)
+    client = ApiClient.connect(options.api_url, api_key=options.api_key)
     log = options.log.open("wb") if options.log else None
     try:
         return await Player(options, client, log).play(bars, console)

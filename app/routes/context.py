@@ -13,13 +13,16 @@ from app import schemas
 from app.booking import Booking
 from app.config import Settings
 from app.redis_client import StateStore
+from app.security import Gate
 
 PROBLEMS: Final[dict[int | str, dict[str, Any]]] = {
-    status: {"model": schemas.Problem, "description": description, "content": {"application/problem+json": {}}}
+    status: schemas.problem_answer(description)
     for status, description in {
         400: "The body is not JSON",
         404: "Unknown account",
+        408: "The body did not arrive in time",
         409: "Refused by the rules; `code` says which",
+        413: "The body is too large",
         415: "Not JSON by its content type",
         422: "A field cannot be meant; `field` names it",
         503: "Cannot answer now; retry with the same operation id",
@@ -29,12 +32,13 @@ PROBLEMS: Final[dict[int | str, dict[str, Any]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What the routes call, made once per process."""
+    """What the routes call, made once per process. Without a ``gate`` everybody may come in."""
 
     settings: Settings
     store: StateStore
     booking: Booking
     sessions: async_sessionmaker[AsyncSession]
+    gate: Gate | None
 
 
 async def services(request: Request) -> Services:

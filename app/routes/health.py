@@ -7,12 +7,13 @@ from fastapi.responses import RedirectResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from app import errors, metrics, schemas
-from app.routes.context import ServicesDependency, json_response
+from app.routes.context import PROBLEMS, ServicesDependency, json_response
+from app.security import OPEN, GuardedRoute, needs
 
-router = APIRouter()
+router = APIRouter(route_class=GuardedRoute, tags=["operation"])
 
 
-@router.get("/health/live")
+@router.get("/health/live", summary="Is the process alive?", openapi_extra=OPEN, responses={422: PROBLEMS[422]})
 async def get_live() -> Response:
     """The process answers."""
     return json_response({"status": "live"})
@@ -20,8 +21,11 @@ async def get_live() -> Response:
 
 @router.get(
     "/health/ready",
+    summary="Can the process do its work?",
+    openapi_extra=OPEN,
     responses={
         200: {"model": schemas.Readiness, "description": "Ready"},
+        422: PROBLEMS[422],
         503: {"model": schemas.Readiness, "description": "Not ready; `missing` says what"},
     },
 )
@@ -42,13 +46,13 @@ async def get_ready(to: ServicesDependency) -> Response:
     return json_response(content.model_dump(), 503 if missing else 200)
 
 
-@router.get("/metrics", include_in_schema=False)
+@router.get("/metrics", include_in_schema=False, openapi_extra=needs("read"))
 async def get_metrics() -> Response:
     """Prometheus' text format."""
     return Response(metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
-@router.get("/", include_in_schema=False)
+@router.get("/", include_in_schema=False, openapi_extra=OPEN)
 async def get_root() -> Response:
     """Lead a browser to the documentation."""
     return RedirectResponse("/docs")

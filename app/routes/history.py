@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from base64 import urlsafe_b64decode, urlsafe_b64encode
+import re
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Depends, Query, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
+from pydantic import BeforeValidator
+from structlog.contextvars import bind_contextvars
 
 from app import errors, schemas
 from app.database import Cursor, HistoryFilter, format_timestamp, list_history, list_liquidations
@@ -16,11 +18,24 @@ from app.history import UNIX_EPOCH
 from app.models import HistoryRow, Recovery, Trade, Transfer
 from app.numbers import format_decimal
 from app.routes.context import PROBLEMS, Services, ServicesDependency, json_response
+from app.security import GuardedRoute, caller_of, needs
 
 HISTORY_LIMIT_MAX: Final = 1_000
-HISTORY_ID_MAX: Final = 2**63 - 1
+ISO_DATE: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", re.ASCII)
+CURSOR_PATTERN: Final = r"^[0-9]{1,16}-[0-9]{1,18}$"
+"""The time in microseconds and the id of the last row of a page; so many digits fit the calendar and an int64."""
 
-router = APIRouter()
+
+def _iso_8601(value: object) -> object:
+    """A text that begins with a date: a bare number would be taken for the seconds, or milliseconds, since 1970."""
+    if isinstance(value, str) and not ISO_DATE.match(value):
+        raise ValueError("send a time as ISO 8601 has it")
+    return value
+
+
+Moment = Annotated[datetime, BeforeValidator(_iso_8601)]
+
+router = APIRouter(route_class=GuardedRoute, tags=["history"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +48,22 @@ class HistoryQuery:
 
 
 async def history_query(
+    request: Request,
     account_id: Annotated[str | None, Query(pattern=schemas.IDENTIFIER_PATTERN)] = None,
-    start: Annotated[datetime | None, Query(description="Not before; without an offset it is UTC")] = None,
-    end: Annotated[datetime | None, Query(description="Before; without an offset it is UTC")] = None,
+    start: Annotated[Moment | None, Query(description="Not before; without an offset it is UTC")] = None,
+    end: Annotated[Moment | None, Query(description="Before; without an offset it is UTC")] = None,
     limit: Annotated[int, Query(ge=1, le=HISTORY_LIMIT_MAX)] = 100,
-    cursor: Annotated[str | None, Query(max_length=128)] = None,
+    cursor: Annotated[str | None, Query(pattern=CURSOR_PATTERN)] = None,
 ) -> HistoryQuery:
-    """The page asked for. Raises ``InvalidField`` for a cursor that was not given out."""
+    """The page asked for, of what the caller may see. Raises ``InvalidField`` for a time that cannot be."""
+    if account_id is not None:
+        bind_contextvars(account_id=account_id)
     return HistoryQuery(
         history_filter=HistoryFilter(
-            account_id=account_id, start=_in_utc(start, name="start"), end=_in_utc(end, name="end")
+            account_id=account_id,
+            start=_in_utc(start, name="start"),
+            end=_in_utc(end, name="end"),
+            reach=caller_of(request).reach,
         ),
         limit=limit,
         cursor=None if cursor is None else _decode_cursor(cursor),
@@ -54,10 +75,11 @@ HISTORY_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     200: {"model": schemas.HistoryPage, "description": "Rows by (timestamp, id), newest first"},
     **{status: PROBLEMS[status] for status in (422, 503)},
 }
+OWN_HISTORY: Final = needs("read", account_keys=True)
 OperationIdQuery = Annotated[str | None, Query(pattern=schemas.IDENTIFIER_PATTERN)]
 
 
-@router.get("/trades", responses=HISTORY_RESPONSES)
+@router.get("/trades", summary="List trades", responses=HISTORY_RESPONSES, openapi_extra=OWN_HISTORY)
 async def get_trades(
     to: ServicesDependency, query: HistoryDependency, client_trade_id: OperationIdQuery = None
 ) -> Response:
@@ -65,7 +87,7 @@ async def get_trades(
     return await _history_page(to, Trade, query, client_trade_id)
 
 
-@router.get("/transfers", responses=HISTORY_RESPONSES)
+@router.get("/transfers", summary="List transfers", responses=HISTORY_RESPONSES, openapi_extra=OWN_HISTORY)
 async def get_transfers(
     to: ServicesDependency, query: HistoryDependency, client_transfer_id: OperationIdQuery = None
 ) -> Response:
@@ -73,13 +95,13 @@ async def get_transfers(
     return await _history_page(to, Transfer, query, client_transfer_id)
 
 
-@router.get("/recoveries", responses=HISTORY_RESPONSES)
+@router.get("/recoveries", summary="List recoveries", responses=HISTORY_RESPONSES, openapi_extra=OWN_HISTORY)
 async def get_recoveries(to: ServicesDependency, query: HistoryDependency) -> Response:
     """The ends of breaches."""
     return await _history_page(to, Recovery, query, None)
 
 
-@router.get("/liquidations", responses=HISTORY_RESPONSES)
+@router.get("/liquidations", summary="List liquidations", responses=HISTORY_RESPONSES, openapi_extra=OWN_HISTORY)
 async def get_liquidations(to: ServicesDependency, query: HistoryDependency) -> Response:
     """Breaches, each with when it ended."""
     found = await list_liquidations(to.sessions, query.history_filter, limit=query.limit + 1, cursor=query.cursor)
@@ -104,7 +126,7 @@ def _page(items: list[dict[str, Any]], found: list[Any], limit: int) -> Response
     if len(found) > limit:
         last = found[limit - 1]
         microseconds = (last.timestamp - UNIX_EPOCH) // timedelta(microseconds=1)
-        next_cursor = urlsafe_b64encode(f"{microseconds}:{last.id}".encode()).decode()
+        next_cursor = f"{microseconds}-{last.id}"
     return json_response({"items": items, "next_cursor": next_cursor})
 
 
@@ -121,13 +143,8 @@ def _shown(value: object) -> object:
 
 
 def _decode_cursor(cursor: str) -> Cursor:
-    try:
-        microseconds, history_id = (int(part) for part in urlsafe_b64decode(cursor.encode()).split(b":"))
-        if not 0 <= history_id <= HISTORY_ID_MAX:
-            raise ValueError(cursor)
-        return UNIX_EPOCH + timedelta(microseconds=microseconds), history_id
-    except (ValueError, OverflowError) as error:
-        raise errors.InvalidField("no page gave out this cursor", field="cursor") from error
+    microseconds, _, history_id = cursor.partition("-")
+    return UNIX_EPOCH + timedelta(microseconds=int(microseconds)), int(history_id)
 
 
 def _in_utc(moment: datetime | None, *, name: str) -> datetime | None:

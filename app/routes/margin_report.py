@@ -11,8 +11,10 @@ from fastapi import APIRouter, Query, Response
 from fastapi.responses import StreamingResponse
 
 from app import columns, errors, schemas
+from app import redis_client as keys
 from app.numbers import format_decimal
 from app.routes.context import PROBLEMS, Services, ServicesDependency
+from app.security import GuardedRoute, needs
 from app.services import reports
 
 SWEEP_OVERDUE_INTERVALS: Final = 3
@@ -20,11 +22,13 @@ SWEEP_OVERDUE_INTERVALS: Final = 3
 
 REPORT_CHUNK_ACCOUNTS: Final = 131_072
 
-router = APIRouter()
+router = APIRouter(route_class=GuardedRoute, tags=["risk"])
 
 
 @router.get(
     "/margin-report",
+    summary="Report the margin of every account",
+    openapi_extra=needs("read"),
     responses={
         200: {"model": schemas.MarginReport, "description": "Candidates first and whole, then all accounts"},
         **{status: PROBLEMS[status] for status in (422, 503)},
@@ -90,4 +94,5 @@ async def _report_head(to: Services, marks: columns.Marks) -> dict[str, Any]:
         "swept_version": 0 if swept is None else swept[0],
         "swept_age_seconds": swept_age,
         "warning": warning,
+        "halted": bool(await to.store.client.exists(keys.STATE_HALTED)),
     }

@@ -2,16 +2,18 @@
 --
 -- KEYS: state:epoch, state:run_id, history:last_id, outbox, operation, account balance, positions, account ledger,
 --       account equity, account used_margin, accounts, columns:balance, columns:breach, counters:recoveries,
---       then per symbol touched: columns quantity, columns cost, columns open
+--       mark:version, state:halted, then per symbol touched (all of them for a new account): columns quantity,
+--       columns cost, columns open, then per mark guessed: mark_price
 -- ARGV: 1 signature, 2 account, 3 kind, 4 mark version, 5 outbox limit, 6 operation seconds, 7 '' for no operation,
 --       8 balance read, 9 seq read, 10 breach read, 11 balance, 12 balance packed, 13 equity, 14 used_margin, 15 body,
---       16 recovery body ('' keeps the breach as it is), 17 number of fields read, fields and values read,
---       then per symbol touched: field, value ('' for flat), quantity packed, cost packed
+--       16 recovery body ('' keeps the breach as it is), 17 epoch guessed ('' for what was read),
+--       18 number of symbols touched, per symbol: its name, value ('' for flat), quantity packed, cost packed,
+--       then number of fields read, fields and values read, then per mark guessed: its text
 -- Answers ok id seq time recovery_id epoch, duplicate operation, conflict, or a refusal.
-local operation_kind = wrong_type(KEYS[5], 'string')
-if operation_kind then return operation_kind end
+local bad, known
 if ARGV[7] ~= '' then
-  local known = redis.call('GET', KEYS[5])
+  known, bad = read('GET', KEYS[5])
+  if bad then return bad end
   if known then
     if not is_operation(known) then return {'wrong_type', KEYS[5]} end
     return {'duplicate', known}
@@ -20,54 +22,73 @@ end
 
 local refused, epoch = refusal(KEYS[1], KEYS[2], ARGV[1])
 if refused then return refused end
--- KEYS[9] and KEYS[10] are only ever SET, which takes a key of any type.
-local kinds = {[6] = 'string', [7] = 'hash', [8] = 'hash', [11] = 'list', [12] = 'string', [13] = 'string',
-  [14] = 'string'}
-for i, kind in pairs(kinds) do
-  local bad = wrong_type(KEYS[i], kind)
-  if bad then return bad end
-end
-for i = 15, #KEYS do
-  local bad = wrong_type(KEYS[i], 'string')
-  if bad then return bad end
-end
 local id = next_history_id(KEYS[3], KEYS[4])
 if not id then return {'wrong_type', KEYS[3]} end
-if not integer_of(redis.call('GET', KEYS[14]) or '0') then return {'wrong_type', KEYS[14]} end
 if redis.call('XLEN', KEYS[4]) >= tonumber(ARGV[5]) then return {'outbox_full'} end
 
-local first = 18
+local touched_count = tonumber(ARGV[18])
+local first = 19 + touched_count * 4
 local fields = {}
-for i = 1, tonumber(ARGV[17]) * 2 do fields[i] = ARGV[first + i - 1] end
-first = first + #fields
-local ledger = redis.call('HMGET', KEYS[8], 'slot', 'seq', 'breach')
+for i = 1, tonumber(ARGV[first]) * 2 do fields[i] = ARGV[first + i] end
+local first_mark, first_mark_key = first + #fields, 16 + touched_count * 3
+
+bad = wrong_type(KEYS[6], 'string') or wrong_type(KEYS[7], 'hash')
+if bad then return bad end
+local ledger
+ledger, bad = read('HMGET', KEYS[8], 'slot', 'seq', 'breach')
+if bad then return bad end
 if (ledger[2] or '') ~= ARGV[9] or (ledger[3] or '') ~= ARGV[10]
   or not record_is(KEYS[6], KEYS[7], ARGV[8], fields) then
   return {'conflict'}
 end
+-- What was guessed has to be what a read would have found; whatever else is there is read next, and judged then.
+if ARGV[17] ~= '' then
+  if ARGV[17] ~= epoch or read('GET', KEYS[15]) ~= ARGV[4] or read('EXISTS', KEYS[16]) ~= 0 then
+    return {'conflict'}
+  end
+  for i = 1, #KEYS - first_mark_key do
+    if read('GET', KEYS[first_mark_key + i]) ~= ARGV[first_mark + i] then return {'conflict'} end
+  end
+end
+
 local seq = integer_of(ledger[2] or '0')
 local slot = integer_of(ledger[1] or '')
 if not seq or (ledger[1] and not slot) then return {'wrong_type', KEYS[8]} end
+if ledger[3] and ledger[3] ~= '' and not integer_of(ledger[3]) then return {'wrong_type', KEYS[8]} end
+local columns = {KEYS[12], KEYS[13]}
+for i = 1, touched_count do
+  columns[#columns + 1] = KEYS[14 + 3 * i]
+  columns[#columns + 1] = KEYS[15 + 3 * i]
+end
+bad = short_of(KEYS[11], columns)
+if bad then return bad end
 -- A slot that is not the account's own would write into another's row, or far beyond the end.
 if slot and redis.call('LINDEX', KEYS[11], slot) ~= ARGV[2] then return {'wrong_type', KEYS[8]} end
-if ledger[3] and ledger[3] ~= '' and not integer_of(ledger[3]) then return {'wrong_type', KEYS[8]} end
 local touched = {}
-local key = 15
-for i = first, #ARGV, 4 do
+for i = 1, touched_count do
+  local key, argument = 14 + 3 * i, 15 + 4 * i
   local open = 0
   if slot then
-    local before = redis.call('GETRANGE', KEYS[key], slot * 8, slot * 8 + 7)
-    if before ~= '' and before ~= '\0\0\0\0\0\0\0\0' then open = -1 end
+    local before = redis.call('HGET', KEYS[8], 'position:' .. ARGV[argument])
+      or redis.call('GETRANGE', KEYS[key], slot * 8, slot * 8 + 7)
+    if string.sub(before, 1, 8) ~= '\0\0\0\0\0\0\0\0' then open = -1 end
   end
-  if not integer_of(string.gsub(redis.call('GET', KEYS[key + 2]) or '0', '^%-', '')) then
-    return {'wrong_type', KEYS[key + 2]}
-  end
-  if ARGV[i + 1] ~= '' then open = open + 1 end
-  touched[#touched + 1] = {key, i, open}
-  key = key + 3
+  if ARGV[argument + 1] ~= '' then open = open + 1 end
+  local count
+  count, bad = read('GET', KEYS[key + 2])
+  if bad then return bad end
+  if not integer_of(string.gsub(count or '0', '^%-', '')) then return {'wrong_type', KEYS[key + 2]} end
+  touched[i] = {key, argument, open}
+end
+if ARGV[16] ~= '' then
+  local recoveries
+  recoveries, bad = read('GET', KEYS[14])
+  if bad then return bad end
+  if not integer_of(recoveries or '0') then return {'wrong_type', KEYS[14]} end
 end
 
 -- Everything is checked; from here on only writes. The first may still be refused for want of memory, the others not.
+-- KEYS[9] and KEYS[10] are only ever SET, which takes a key of any type.
 local time = now_us()
 local recovery = ''
 seq = seq + 1
@@ -78,21 +99,27 @@ if ARGV[16] ~= '' then
   recovery = append_history(KEYS[4], id + 1, 'recovery', ARGV[2], last_seq, epoch, time, ARGV[16])
 end
 redis.call('SET', KEYS[3], recovery ~= '' and recovery or text)
-if not slot then slot = redis.call('RPUSH', KEYS[11], ARGV[2]) - 1 end
-redis.call('SET', KEYS[6], ARGV[11])
+if not slot then
+  slot = redis.call('RPUSH', KEYS[11], ARGV[2]) - 1
+  redis.call('SETRANGE', KEYS[13], slot * 8, '\0\0\0\0\0\0\0\0')
+end
 redis.call('SETRANGE', KEYS[12], slot * 8, ARGV[12])
 if ARGV[13] ~= '' then
-  redis.call('SET', KEYS[9], ARGV[13])
-  redis.call('SET', KEYS[10], ARGV[14])
+  redis.call('MSET', KEYS[6], ARGV[11], KEYS[9], ARGV[13], KEYS[10], ARGV[14])
+else
+  redis.call('SET', KEYS[6], ARGV[11])
 end
+local row = {'slot', slot, 'seq', last_seq, 'balance', ARGV[12]}
 for _, item in ipairs(touched) do
   local at, i, open = item[1], item[2], item[3]
   if ARGV[i + 1] == '' then redis.call('HDEL', KEYS[7], ARGV[i]) else redis.call('HSET', KEYS[7], ARGV[i], ARGV[i + 1]) end
   redis.call('SETRANGE', KEYS[at], slot * 8, ARGV[i + 2])
   redis.call('SETRANGE', KEYS[at + 1], slot * 8, ARGV[i + 3])
+  row[#row + 1] = 'position:' .. ARGV[i]
+  row[#row + 1] = ARGV[i + 2] .. ARGV[i + 3]
   if open ~= 0 then redis.call('INCRBY', KEYS[at + 2], open) end
 end
-redis.call('HSET', KEYS[8], 'slot', slot, 'seq', last_seq)
+redis.call('HSET', KEYS[8], unpack(row))
 if recovery ~= '' then
   redis.call('HSET', KEYS[8], 'breach', '', 'breach_at', '', 'breach_version', ARGV[4])
   redis.call('SETRANGE', KEYS[13], slot * 8, '\0\0\0\0\0\0\0\0')

@@ -21,25 +21,33 @@ local function wrong_type(key, kind)
   return nil
 end
 
+-- The answer to a command that reads key, or nil and a refusal that names it when it holds another type.
+local function read(command, key, ...)
+  local answer = redis.pcall(command, key, ...)
+  if type(answer) == 'table' and answer.err then return nil, {'wrong_type', key} end
+  return answer
+end
+
 -- Answers nil when this process may write: the state exists, is not frozen, was written by the same release and
 -- contracts (signature), and this run of Redis has been compared with history since it started.
 local function refusal(epoch_key, run_id_key, signature)
-  local bad = wrong_type(epoch_key, 'hash') or wrong_type(run_id_key, 'string')
+  local epoch, bad = read('HMGET', epoch_key, 'epoch', 'status', 'signature')
   if bad then return bad end
-  local epoch = redis.call('HMGET', epoch_key, 'epoch', 'status', 'signature')
   if not integer_of(epoch[1]) then return {'state_missing'} end
   if epoch[2] ~= 'ready' then return {'state_frozen'} end
   if epoch[3] ~= signature then return {'state_mismatch', epoch[3] or ''} end
   local run_id = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
-  if redis.call('GET', run_id_key) ~= run_id then return {'state_unreconciled'} end
+  local known
+  known, bad = read('GET', run_id_key)
+  if bad then return bad end
+  if known ~= run_id then return {'state_unreconciled'} end
   return nil, epoch[1]
 end
 
 -- The id that the next row of history gets, or nil when the counter cannot be read.
 local function next_history_id(last_id_key, outbox_key)
-  if wrong_type(last_id_key, 'string') or wrong_type(outbox_key, 'stream') then return nil end
-  local last = redis.call('GET', last_id_key)
-  if not last then return nil end
+  local last = read('GET', last_id_key)
+  if not last or wrong_type(outbox_key, 'stream') then return nil end
   return integer_of(last) and integer_of(last) + 1
 end
 
@@ -54,6 +62,20 @@ local function append_history(outbox_key, id, kind, account, seq, epoch, time, b
   redis.call('XADD', outbox_key, text .. '-0', 'kind', kind, 'account', account, 'seq', seq, 'epoch', epoch,
     'time', time, 'body', body)
   return text
+end
+
+-- Answers columns_short when one of columns does not reach to the last slot. It was lost, or cut: to write a row into it
+-- would fill what is missing with zeros, and nobody could tell any more.
+local function short_of(accounts_key, columns)
+  local slots, bad = read('LLEN', accounts_key)
+  if bad then return bad end
+  for _, key in ipairs(columns) do
+    local bytes
+    bytes, bad = read('STRLEN', key)
+    if bad then return bad end
+    if bytes < slots * 8 then return {'columns_short', key} end
+  end
+  return nil
 end
 
 -- Whether the user's keys hold exactly this balance and these fields. Compared as text: nothing is parsed.

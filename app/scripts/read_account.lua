@@ -2,7 +2,7 @@
 --
 -- KEYS: state:epoch, state:run_id, operation, account balance, positions, account ledger, mark:version, state:halted,
 --       columns:balance, columns:breach, then per symbol: mark_price, mark, columns quantity, columns cost
--- ARGV: signature, slot ('' reads the account's own)
+-- ARGV: signature, then per symbol: the ledger's field of its position
 local refused = refusal(KEYS[1], KEYS[2], ARGV[1])
 if refused and refused[1] ~= 'state_unreconciled' then return refused end
 
@@ -23,6 +23,9 @@ local function packed(key)
   return redis.call('GETRANGE', key, slot * 8, slot * 8 + 7)
 end
 
+local known_row = redis.call('HMGET', KEYS[6], 'balance', unpack(ARGV, 2))
+for i = 1, #ARGV do known_row[i] = known_row[i] or '' end
+
 local symbols = {}
 for i = 11, #KEYS, 4 do
   local bad = wrong_type(KEYS[i + 1], 'hash') or wrong_type(KEYS[i + 2], 'string') or wrong_type(KEYS[i + 3], 'string')
@@ -38,5 +41,5 @@ return {
   'ok', known, redis.call('GET', KEYS[4]) or '', redis.call('HGETALL', KEYS[5]),
   {ledger[1] or '', ledger[2] or '', ledger[3] or '', ledger[4] or '', ledger[5] or ''},
   version, redis.call('GET', KEYS[8]) or '', now_us(),
-  packed(KEYS[9]), packed(KEYS[10]), symbols,
+  packed(KEYS[9]), packed(KEYS[10]), symbols, known_row,
 }

@@ -5,14 +5,17 @@ Everything here is computed from the record or its packed copy at the marks of o
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any, Final, Literal
 
 import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from app.columns import Chunk, Marks, ScreenedChunk, Sums, screen
 from app.contracts import Contract
@@ -22,10 +25,17 @@ from app.numbers import exact, format_decimal
 from app.records import OpenBreach
 from app.services import margin, trading
 from app.services.margin import AccountMargin
+from app.services.report_rows import encode_rows
 from app.services.trading import Account, RestoreAt
 
-ACCOUNTS_PER_PIECE: Final = 200
-"""How many accounts are shaped before other requests get a turn."""
+ACCOUNTS_PER_PIECE: Final = 8_192
+"""How many accounts are encoded together: their characters are 3 MB."""
+
+THREAD_ACCOUNTS_MIN: Final = 500
+"""Fewer are encoded before a thread has begun."""
+
+NAMES_AT_ONCE: Final = 200
+"""How many candidates are shaped before other requests get a turn."""
 
 Order = Literal["slot", "margin_ratio"]
 AccountState = Literal["ok", "candidate", "recovering", "negative_equity", "quarantined"]
@@ -197,14 +207,12 @@ async def margin_report(source: ReportSource, request: ReportRequest, head: Mapp
     candidates = [shown async for shown in rows.shown(rows.candidate_slots()) if shown["candidate"]]
     opening = orjson.dumps({**head, "totals": rows.totals(candidates), "liquidation_candidates": candidates})
     yield opening[:-1] + b',"accounts":['
-    piece: list[bytes] = []
     separator = b""
-    async for shown in rows.shown(slots):
-        piece.append(orjson.dumps(shown))
-        if len(piece) >= ACCOUNTS_PER_PIECE:
-            yield separator + b",".join(piece)
-            separator, piece = b",", []
-    yield (separator + b",".join(piece) if piece else b"") + b'],"next_cursor":' + orjson.dumps(next_cursor) + b"}"
+    async with aclosing(rows.encoded(slots)) as pieces:
+        async for piece in pieces:
+            yield separator + piece
+            separator = b","
+    yield b'],"next_cursor":' + orjson.dumps(next_cursor) + b"}"
 
 
 class _Rows:
@@ -238,10 +246,61 @@ class _Rows:
 
     async def shown(self, slots: Sequence[int]) -> AsyncIterator[dict[str, Any]]:
         """The accounts in ``slots``, shaped, a bounded number of names at a time."""
-        for first in range(0, len(slots), ACCOUNTS_PER_PIECE):
-            some = [int(slot) for slot in slots[first : first + ACCOUNTS_PER_PIECE]]
+        for first in range(0, len(slots), NAMES_AT_ONCE):
+            some = [int(slot) for slot in slots[first : first + NAMES_AT_ONCE]]
             for slot, name in zip(some, await self._source.names(some), strict=True):
                 yield self._shape(slot, name)
+
+    async def encoded(self, slots: Sequence[int]) -> AsyncGenerator[bytes]:
+        """The accounts in ``slots`` as JSON, with commas between them; the next names are read meanwhile."""
+        pieces = [
+            np.array(slots[first : first + ACCOUNTS_PER_PIECE]) for first in range(0, len(slots), ACCOUNTS_PER_PIECE)
+        ]
+        reading: asyncio.Future[list[str]] | None = None
+        try:
+            for number, piece in enumerate(pieces):
+                names = await (reading or self._source.names(piece.tolist()))
+                reading = None
+                if number + 1 < len(pieces):
+                    reading = asyncio.ensure_future(self._source.names(pieces[number + 1].tolist()))
+                if len(piece) < THREAD_ACCOUNTS_MIN:
+                    yield self._encode(piece, names)
+                else:
+                    yield await asyncio.to_thread(self._encode, piece, names)
+        finally:
+            if reading is not None:
+                reading.cancel()
+
+    def _encode(self, slots: NDArray[np.int64], names: Sequence[str]) -> bytes:
+        """Some accounts as JSON: most of them together, those in quarantine or not plain one by one."""
+        encoded = encode_rows(self._take(slots), names, contracts=self._source.contracts)
+        alone = np.flatnonzero(~encoded.plain | np.isin(slots, list(self._source.quarantined)))
+        parts, first = [], 0
+        for index in [*alone.tolist(), len(slots)]:
+            if index > first:
+                parts.append(encoded.text(first, index))
+            if index < len(slots):
+                parts.append(orjson.dumps(self._shape(int(slots[index]), names[index])))
+            first = index + 1
+        return b",".join(parts)
+
+    def _take(self, slots: NDArray[np.int64]) -> Chunk:
+        """The rows in ``slots``, in their order, at the marks of the report."""
+        numbers = np.searchsorted(self._starts, slots, side="right") - 1
+        taken = [
+            self._source.chunks[number].rows(slots[numbers == number] - self._starts[number])
+            for number in np.unique(numbers)
+        ]
+        back = np.argsort(np.argsort(numbers, kind="stable"), kind="stable")
+        symbols = self._source.contracts
+        return Chunk(
+            first_slot=-1,
+            balance=np.concatenate([rows.balance for rows in taken])[back],
+            breach=np.concatenate([rows.breach for rows in taken])[back],
+            quantity={symbol: np.concatenate([rows.quantity[symbol] for rows in taken])[back] for symbol in symbols},
+            cost={symbol: np.concatenate([rows.cost[symbol] for rows in taken])[back] for symbol in symbols},
+            marks=self._source.marks,
+        )
 
     def totals(self, candidates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Exact sums, and how many accounts are in each state."""
@@ -309,10 +368,11 @@ class _Rows:
 
     @staticmethod
     def _ratios(screened: ScreenedChunk) -> margin.Column:
-        equity = screened.valued.equity
+        valued = screened.valued
+        equity = valued.equity
         ratios = np.zeros(len(equity))
         solvent = equity > 0
-        np.divide(screened.valued.maintenance_margin, equity, out=ratios, where=solvent)
+        np.divide(valued.maintenance_margin, equity, out=ratios, where=solvent)
         ratios[screened.unvalued | (screened.is_open & ~solvent)] = np.inf
         return ratios
 

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from signal import Signals
@@ -21,12 +21,15 @@ from redis.exceptions import RedisError
 from app import reconcile
 from app import redis_client as keys
 from app.config import Settings
-from app.embedded import Stores
+from app.embedded import Servers, Stores
 from app.embedded_redis import RedisServer
+from app.sentinel import connection_pool
+from tests.conftest import in_database_of
 from tests.faults.zygote import Zygote
 from tests.harness import free_port, tail
 
 PATIENCE_SECONDS: Final = 20.0
+CONNECTIONS_MAX: Final = 32
 POLL_SECONDS: Final = 0.02
 STUTTER_SECONDS: Final = 0.1
 
@@ -60,7 +63,11 @@ class Cell:
             trust_env=False,
         )
         self._living: set[int] = set()
-        self.client = redis.asyncio.Redis.from_url(self.stores.redis_url)
+        self.client = redis.asyncio.Redis(
+            connection_pool=connection_pool(
+                self.stores.redis_url, max_connections=CONNECTIONS_MAX, timeout_seconds=PATIENCE_SECONDS
+            )
+        )
         self._started = 0
 
     def settings(self, **more: object) -> Settings:
@@ -203,12 +210,19 @@ async def has_died(running: Cell, worker: Worker) -> bool:
     return not running.is_running(worker)
 
 
+def history_in(servers: Servers, name: str) -> Stores:
+    """The database of that name on ``servers``, and no Redis."""
+    return replace(in_database_of(servers, name), redis_url="")
+
+
 @asynccontextmanager
-async def open_cell(directory: Path, database_url: str, zygote: Zygote, **overrides: str) -> AsyncIterator[Cell]:
-    """A running cell on an empty Redis under ``directory`` and the migrated, empty database given."""
+async def open_cell(directory: Path, stores: Stores, zygote: Zygote, **overrides: str) -> AsyncIterator[Cell]:
+    """A running cell on the empty stores given; without an address of Redis it gets its own under ``directory``."""
     state = RedisServer(directory)
-    await asyncio.to_thread(state.start)
-    cell = Cell(directory, state, Stores(state.url, database_url), zygote, dict(overrides))
+    if not stores.redis_url:
+        await asyncio.to_thread(state.start)
+        stores = replace(stores, redis_url=state.url)
+    cell = Cell(directory, state, stores, zygote, dict(overrides))
     try:
         await asyncio.to_thread(reconcile.migrate, cell.settings(), cell.stores)
         yield cell

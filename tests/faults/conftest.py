@@ -6,17 +6,18 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import asdict
 from pathlib import Path
 from random import Random, SystemRandom
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import pytest
 
 from app.embedded import Servers
-from tests.conftest import execute, in_database
-from tests.faults.cell import Cell, open_cell
+from tests.conftest import execute
+from tests.faults.cell import Cell, history_in, open_cell
 from tests.faults.journal import Row, table
 from tests.faults.zygote import Zygote
 from tests.harness import environment
@@ -26,7 +27,12 @@ SEED: Final = int(os.environ.get("PLIMSOLL_FAULTS_SEED") or SystemRandom().randr
 TABLE: Final = os.environ.get("PLIMSOLL_FAULTS_TABLE")
 TEST_SECONDS_MAX: Final = 400
 
+# Tests may run in several processes at once: all of them draw from one seed.
+os.environ["PLIMSOLL_FAULTS_SEED"] = str(SEED)
+
 _rows = pytest.StashKey[list[Row]]()
+"""Of a test its own rows, of a run all of them."""
+
 _numbers = itertools.count(1)
 
 
@@ -43,19 +49,68 @@ def pytest_report_header() -> str:
     return f"faults: PLIMSOLL_FAULTS_SEED={SEED}"
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A row is red if its test fails, wherever that happens; and it says how long the test took."""
+    report = yield
+    for row in item.stash.get(_rows, []):
+        if report.when == "call":
+            row.took_seconds = call.duration
+        if report.failed and not row.reasons():
+            row.complain(f"the test failed: {report.longreprtext.splitlines()[-1][:200]}")
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """One of several processes hands its rows to the one that prints the table."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["rows"] = [asdict(row) for row in session.config.stash.get(_rows, [])]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:  # noqa: ANN401 - pytest-xdist's
+    """Take the rows of a process that has ended; one that crashed has none."""
+    rows = node.config.stash.setdefault(_rows, [])
+    rows += [Row(**row) for row in getattr(node, "workeroutput", {}).get("rows", [])]
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Print the table, and keep it where it was asked for."""
     rows = config.stash.get(_rows, [])
     if not rows:
         return
-    terminalreporter.section(f"faults, PLIMSOLL_FAULTS_SEED={SEED}")
-    terminalreporter.write_line(table(rows))
+    shown = "\n\n".join([_summary(rows), table(rows), *_beside(terminalreporter)])
+    terminalreporter.section("faults")
+    terminalreporter.write_line(shown)
     for row in rows:
         for reason in row.reasons()[:5]:
             terminalreporter.write_line(f"{row.fault}: {reason[:200]}")
     if TABLE:
         page = Path(__file__).with_name("reliability.md.in").read_text()
-        Path(TABLE).write_text(page.replace("@TABLE@", table(rows)))
+        Path(TABLE).write_text(page.replace("@TABLE@", shown))
+
+
+def _summary(rows: Sequence[Row]) -> str:
+    """What run this was, in a line."""
+    green = sum(not row.reasons() for row in rows)
+    form = "short form" if SHORT else "full form"
+    return f"{green} of {len(rows)} rows green; {form}, `PLIMSOLL_FAULTS_SEED={SEED}`."
+
+
+def _beside(terminalreporter: pytest.TerminalReporter) -> list[str]:
+    """What the table cannot show: tests that were skipped, and tests that failed, rows of the table or not."""
+    lines = []
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        lines.append(f"* not run: `{report.nodeid.rpartition('::')[2]}`: {reason.removeprefix('Skipped: ')}")
+    for category in ("failed", "error"):
+        lines += [
+            f"* {category}: `{report.nodeid.rpartition('::')[2]}`"
+            for report in terminalreporter.stats.get(category, [])
+        ]
+    return ["\n".join(lines)] if lines else []
 
 
 @pytest.fixture
@@ -82,7 +137,8 @@ def row(request: pytest.FixtureRequest) -> Callable[[str, str], Row]:
 
     def make(fault: str, what: str) -> Row:
         made = Row(fault, what)
-        request.config.stash.setdefault(_rows, []).append(made)
+        for holder in (request.config, request.node):
+            holder.stash.setdefault(_rows, []).append(made)
         return made
 
     return make
@@ -116,7 +172,7 @@ async def cell(servers: Servers, template_database: str, zygote: Zygote) -> Asyn
             execute(servers.database_url, f"CREATE DATABASE {name} TEMPLATE {template_database}")
             stack.callback(execute, servers.database_url, f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
             opened = await stack.enter_async_context(
-                open_cell(directory, in_database(servers.database_url, name), zygote, **overrides)
+                open_cell(directory, history_in(servers, name), zygote, **overrides)
             )
             workers = [opened.start_worker("watchdog") for _ in range(watchdogs)]
             workers += [opened.start_worker("api") for _ in range(apis)]

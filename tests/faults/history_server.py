@@ -11,6 +11,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
+from app.embedded import Stores
 from app.embedded_postgres import PostgresServer
 from tests.conftest import execute
 from tests.faults.cell import Cell, open_cell
@@ -33,6 +36,23 @@ class HistoryServer:
         process.send_signal(signal.SIGQUIT)
         assert await asyncio.to_thread(process.wait, STOP_SECONDS), "Postgres does not stop"
 
+    def fall_silent(self) -> None:
+        """SIGSTOP to every process of it: connections stand, and nothing is answered."""
+        assert self.server.process is not None
+        for process in psutil.Process(self.server.process.pid).children(recursive=True):
+            process.send_signal(signal.SIGSTOP)
+        self.server.process.send_signal(signal.SIGSTOP)
+
+    async def stop_silent(self) -> None:
+        """Let a silent one go down, at once and without a goodbye."""
+        process = self.server.process
+        assert process is not None
+        process.send_signal(signal.SIGQUIT)
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.send_signal(signal.SIGKILL)
+        process.send_signal(signal.SIGCONT)
+        assert await asyncio.to_thread(process.wait, STOP_SECONDS), "Postgres does not stop"
+
     async def start(self) -> None:
         """Start it again on its data."""
         await asyncio.to_thread(self.server.start)
@@ -40,7 +60,7 @@ class HistoryServer:
     async def execute(self, *statements: str) -> None:
         """Run statements as its owner, each on its own."""
         for statement in statements:
-            await asyncio.to_thread(execute, self.server.url, statement)
+            await asyncio.to_thread(execute, self.server.owner_url, statement)
 
 
 @asynccontextmanager
@@ -52,7 +72,8 @@ async def open_history_server(
     server = PostgresServer(directory)
     try:
         await asyncio.to_thread(server.start)
-        async with open_cell(directory, server.url, zygote, **overrides) as cell:
+        stores = Stores("", database_url=server.url, migrations_url=server.owner_url)
+        async with open_cell(directory, stores, zygote, **overrides) as cell:
             workers = [cell.start_worker("watchdog") for _ in range(watchdogs)]
             workers += [cell.start_worker("api") for _ in range(apis)]
             for worker in workers:

@@ -60,6 +60,7 @@ class Row:
     doubled: int = 0
     unknown_left: int = 0
     recovery_seconds: float = 0.0
+    took_seconds: float = 0.0
     problems: list[str] = field(default_factory=list)
 
     def recovered(self, seconds: float) -> None:
@@ -97,6 +98,7 @@ HEADINGS: Final = (
     "doubled",
     "unknown left",
     "worst recovery",
+    "took",
     "",
 )
 
@@ -120,6 +122,7 @@ def table(rows: Iterable[Row]) -> str:
                 )
             ),
             f"{row.recovery_seconds:.2f} s",
+            f"{row.took_seconds:.0f} s",
             "red" if row.reasons() else "green",
         )
         for row in sorted(rows, key=lambda row: int("".join(filter(str.isdigit, row.fault.split()[0])) or 0))

@@ -1,19 +1,23 @@
-"""A TCP proxy between a process and its store: it delays, swallows, resets or slices what passes."""
+"""A TCP proxy between a process and its store: it delays, swallows, resets or slices what passes, or loses messages."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Final, Literal
 
-Mode = Literal["pass", "latency", "blackhole", "reset", "sliced"]
+Mode = Literal["pass", "latency", "blackhole", "reset", "sliced", "deaf"]
 
 LATENCY_SECONDS: Final = 0.2
 SLICE_BYTES: Final = 5
 READ_BYTES: Final = 65_536
+MESSAGES: Final = re.compile(rb"[*>]3\r\n\$7\r\nmessage\r\n\$\d+\r\n[^\r]*\r\n\$\d+\r\n[^\r]*\r\n")
+"""What a subscriber of Redis is pushed, in either protocol. One is short enough to come in one piece."""
+
 RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 """SO_LINGER for no time at all: closing sends RST instead of FIN."""
 
@@ -66,6 +70,8 @@ class Proxy:
                             writer.write(data[first : first + SLICE_BYTES])
                             await writer.drain()
                             await asyncio.sleep(0)
+                    case "deaf":
+                        writer.write(MESSAGES.sub(b"", data))
                     case _:
                         writer.write(data)
                 await writer.drain()

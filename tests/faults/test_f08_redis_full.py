@@ -16,8 +16,8 @@ import pytest
 
 from app.embedded import Servers
 from app.server_process import ServerFailed
-from tests.conftest import execute, in_database
-from tests.faults.cell import Cell, open_cell, until
+from tests.conftest import execute
+from tests.faults.cell import Cell, history_in, open_cell, until
 from tests.faults.checker import check
 from tests.faults.conftest import CellFactory
 from tests.faults.journal import Row
@@ -37,7 +37,7 @@ async def test_a_redis_without_memory_refuses_whole_operations_and_recovers_by_i
     await load.start()
     for _ in range(rounds(10, 2)):
         result.rounds += 1
-        await load.acknowledged(30)
+        await load.acknowledged(60)
         load.fault()
         used = int((await running.client.info("memory"))["used_memory"])
         await running.client.config_set("maxmemory", used // 2)
@@ -90,7 +90,7 @@ async def test_a_redis_whose_disk_is_full_exits_and_loses_nothing_once_it_is_sta
     name = "plimsoll_fault_full_disk"
     execute(servers.database_url, f"CREATE DATABASE {name} TEMPLATE {template_database}")
     try:
-        async with open_cell(small_disk, in_database(servers.database_url, name), zygote) as running:
+        async with open_cell(small_disk, history_in(servers, name), zygote) as running:
             await running.start("api")
             load = Load(running, seed=seed, clients=8)
             await load.start()

@@ -38,7 +38,7 @@ async def test_a_long_history_is_rebuilt_in_two_minutes_and_an_old_client_id_sti
     result = row("F12 scale", f"rebuild {accounts * TRADES_PER_ACCOUNT:,} trades, interrupted once")
     running = await cell()
     history = LongHistory(random, accounts=accounts)
-    history.write(running.stores.database_url)
+    history.write(running.stores.owner_url)
     await running.client.flushall()
     result.rounds, result.operations = 1, history.trades
     result.in_flight = await _interrupt(running)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing
+from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -23,9 +24,9 @@ import redis.asyncio
 from app import reconcile
 from app.config import Settings
 from app.embedded import Servers, Stores
-from tests.conftest import execute, in_database
+from tests.conftest import execute, in_database_of
 from tests.harness import System
-from tests.integration.desk import Desk, api_in_this_process
+from tests.integration.desk import Desk, api_in_this_process, new_key
 
 _database_numbers: Final = itertools.count(1)
 
@@ -43,7 +44,8 @@ async def open_desk(stores: Stores) -> AsyncIterator[DeskFactory]:
     async with AsyncExitStack() as opened:
 
         async def open_one(**overrides: str) -> Desk:
-            return Desk(await opened.enter_async_context(api_in_this_process(stores, **overrides)))
+            api = api_in_this_process(stores, **overrides)  # type: ignore[arg-type]  # settings only
+            return Desk(await opened.enter_async_context(api))
 
         yield open_one
 
@@ -54,6 +56,19 @@ async def desk(open_desk: DeskFactory) -> Desk:
     return await open_desk()
 
 
+class KeyMaker(Protocol):
+    """Make an API key in the test's stores."""
+
+    async def __call__(self, *scopes: str, accounts: Sequence[str] = ("*",)) -> str:
+        """What is sent as ``Authorization: Bearer …``; see ``bearer``."""
+
+
+@pytest.fixture
+def make_key(stores: Stores) -> KeyMaker:
+    """A maker of API keys, for an API with ``auth="on"``."""
+    return partial(new_key, stores)
+
+
 @pytest.fixture(scope="module")
 def shared_stores(servers: Servers, template_database: str) -> Iterator[Stores]:
     """Stores that were clean when the module began."""
@@ -61,7 +76,7 @@ def shared_stores(servers: Servers, template_database: str) -> Iterator[Stores]:
         client.flushall()
     name = f"plimsoll_module_{next(_database_numbers)}"
     execute(servers.database_url, f"CREATE DATABASE {name} TEMPLATE {template_database}")
-    stores = Stores(servers.redis_url, in_database(servers.database_url, name))
+    stores = in_database_of(servers, name)
     reconcile.migrate(Settings(redis_url=stores.redis_url, database_url=stores.database_url), stores)
     yield stores
     execute(servers.database_url, f"DROP DATABASE {name} WITH (FORCE)")
@@ -117,7 +132,7 @@ async def shared_redis(shared_stores: Stores) -> AsyncIterator[redis.asyncio.Red
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def shared_postgres(shared_stores: Stores) -> AsyncIterator[asyncpg.Connection]:
-    """The module's own connection to Postgres."""
-    connection = await asyncpg.connect(shared_stores.database_url)
+    """The module's own connection to Postgres, as the owner of everything."""
+    connection = await asyncpg.connect(shared_stores.owner_url)
     yield connection
     await connection.close()

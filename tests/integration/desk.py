@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
 
 import httpx
 import pytest
 import redis.asyncio
 
+from app.api_keys import create_key, revoke_key, with_engine
 from app.config import Settings, get_settings
 from app.embedded import Stores
 from app.main import create_app
@@ -151,9 +153,33 @@ async def differences(stores: Stores) -> list[str]:
     return (await asyncio.to_thread(verify, settings, stores)).differences
 
 
+async def new_key(stores: Stores, *scopes: str, accounts: Sequence[str] = ("*",), name: str = "a test's") -> str:
+    """An API key with these scopes, bound to these accounts."""
+    _, key = await with_engine(
+        stores.database_url,
+        lambda engine: create_key(engine, name=name, scopes=scopes, accounts=accounts, now=datetime.now(UTC)),
+    )
+    return key
+
+
+async def revoke(stores: Stores, key: str) -> None:
+    """Revoke an API key."""
+    key_id = key.split("_")[1]
+    assert await with_engine(stores.database_url, lambda engine: revoke_key(engine, key_id, now=datetime.now(UTC))), (
+        f"no key {key_id}"
+    )
+
+
+def bearer(key: str) -> dict[str, str]:
+    """The header that sends a key."""
+    return {"Authorization": f"Bearer {key}"}
+
+
 @asynccontextmanager
-async def api_in_this_process(stores: Stores, **overrides: str) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of the application itself, lifespan and all, on these stores, without a socket in between."""
+async def api_in_this_process(
+    stores: Stores, *, peer: str = "127.0.0.1", raise_app_exceptions: bool = True, **overrides: str
+) -> AsyncIterator[httpx.AsyncClient]:
+    """A client, at the address ``peer``, of the application itself, on these stores, without a socket in between."""
     variables = {"redis_url": stores.redis_url, "database_url": stores.database_url, **overrides}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
@@ -168,7 +194,7 @@ async def api_in_this_process(stores: Stores, **overrides: str) -> AsyncIterator
         await application({**scope, "state": dict(state or {})}, receive, send)
 
     try:
-        transport = httpx.ASGITransport(with_state)
+        transport = httpx.ASGITransport(with_state, raise_app_exceptions=raise_app_exceptions, client=(peer, 1234))
         async with httpx.AsyncClient(transport=transport, base_url="http://plimsoll") as client:
             yield client
     finally:

@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 import json
-from base64 import urlsafe_b64encode
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.integration.desk import BTC_PERP, Desk, expect
+from app.embedded import Stores
+from app.marks import MarkBook
+from tests.integration.desk import BTC_PERP, Desk, api_in_this_process, expect
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 TRADE = {"account_id": "alice", "symbol": BTC_PERP, "side": "buy", "quantity": "0.1", "price": "50000"}
 MARK = {"symbol": BTC_PERP, "price": "50000"}
 TRANSFER = {"amount": "10"}
+REASON = {"reason": "a test"}
 BODIES = {
     "/trade": TRADE,
     "/mark-price": MARK,
     "/accounts/alice/deposit": TRANSFER,
     "/accounts/alice/withdraw": TRANSFER,
+    "/halt": REASON,
+    "/resume": REASON,
 }
+ECHOED_BYTES_MAX = 128
 
 NUMBERS = (
     ("/trade", "quantity"),
     ("/trade", "price"),
     ("/mark-price", "price"),
     ("/accounts/alice/deposit", "amount"),
+    ("/accounts/alice/withdraw", "amount"),
 )
 NO_NUMBERS = (
     *('"NaN"', '"nan"', '"Infinity"', '"-Infinity"', '"inf"', '"sNaN"', '"1e400"', '"1e999999"', "1e400", "1e-400"),
@@ -100,6 +106,7 @@ NO_IDENTIFIERS = (
         ("/mark-price", "symbol"),
         ("/trade", "client_trade_id"),
         ("/accounts/alice/deposit", "client_transfer_id"),
+        ("/accounts/alice/withdraw", "client_transfer_id"),
     ],
 )
 @pytest.mark.parametrize("text", NO_IDENTIFIERS, ids=lambda text: text[:24].encode("unicode_escape").decode())
@@ -146,6 +153,17 @@ async def test_a_side_that_is_no_text_is_refused_by_name(shared_desk: Desk, text
 async def test_confirm_is_true_or_false(shared_desk: Desk, text: str) -> None:
     refused = expect(await post_text(shared_desk, "/mark-price", with_member("/mark-price", "confirm", text)), 422)
     assert refused["field"] == "confirm"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [*('""', '"a\\nb"', '"\\u0000"', '"\\ud800"', '"' + "a" * 201 + '"', '"' + "a" * 60_000 + '"'), "1", "null", "[]"],
+    ids=lambda text: text[:24].encode("unicode_escape").decode(),
+)
+@pytest.mark.parametrize("path", ["/halt", "/resume"])
+async def test_what_is_no_reason_is_refused_by_name(shared_desk: Desk, path: str, text: str) -> None:
+    refused = expect(await post_text(shared_desk, path, with_member(path, "reason", text)), 422)
+    assert refused["field"] == "reason"
 
 
 def required() -> Iterator[tuple[str, str]]:
@@ -204,27 +222,151 @@ async def test_a_body_may_say_its_character_set(shared_desk: Desk) -> None:
     expect(answer, 200)
 
 
-def cursor(text: str) -> str:
-    return urlsafe_b64encode(text.encode()).decode()
+HISTORIES = ("/trades", "/transfers", "/liquidations", "/recoveries")
+NO_IDENTIFIER_TEXTS = ("a:b", "", " ", "a" * 65, "a\n", "\x00", "\u00e4", "\uff11")
+NO_TIMES = ("yesterday", "1", "1700000000", "1e300", "2026-13-01", "2026-02-30", "", "NaN", "9" * 5_000, "\x00")
+NO_QUERIES = {
+    **{
+        (path, name): values
+        for path in HISTORIES
+        for name, values in {
+            "limit": ("0", "-1", "1001", "abc", "1.5", "", "1e2", "\uff11", "9" * 5_000),
+            "account_id": NO_IDENTIFIER_TEXTS,
+            "start": NO_TIMES,
+            "end": NO_TIMES,
+            "cursor": (
+                *("abc", "====", "1", "1-", "-1", "1-2-3", "1:2", "-1-1", "1-\uff11", "1-1\n", "1-1\x00", ""),
+                *("1" * 17 + "-1", "1-" + "1" * 19, "1" * 5_000),
+            ),
+        }.items()
+    },
+    ("/trades", "client_trade_id"): NO_IDENTIFIER_TEXTS,
+    ("/transfers", "client_transfer_id"): NO_IDENTIFIER_TEXTS,
+    ("/margin-report", "limit"): ("0", "-1", "abc", "1.5", "", "9" * 5_000),
+    ("/margin-report", "order"): ("", "equity", "SLOT", "slot ", "\x00"),
+    ("/margin-report", "cursor"): ("abc", "====", "\u00e4", "-1", "1e3", "a" * 65, "inf:nan", "\x00"),
+}
 
 
-@pytest.mark.parametrize("route", ["trades", "transfers", "liquidations", "recoveries"])
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        *(("limit", value) for value in ("0", "-1", "1001", "abc", "1.5", "")),
-        *(("account_id", value) for value in ("a:b", "", "a" * 65, "a\n")),
-        *(("start", value) for value in ("yesterday", "2026-13-01", "")),
-        *(("end", value) for value in ("tomorrow", "2026-02-30")),
-        *(("cursor", value) for value in ("abc", "====", "\u00e4", cursor("1"), cursor("a:b"), cursor("1:2:3"))),
-        *(("cursor", cursor(value)) for value in (f"1:{10**30}", f"{10**30}:1", f"{-(10**17)}:1", "1:-1" + "0" * 30)),
-    ],
+    ("path", "name", "value"),
+    [(path, name, value) for (path, name), values in NO_QUERIES.items() for value in values],
+    ids=lambda text: text[:24].encode("unicode_escape").decode(),
 )
-async def test_a_history_route_refuses_by_name_what_it_cannot_filter_or_page_by(
-    shared_desk: Desk, route: str, name: str, value: str
+async def test_what_a_route_cannot_filter_order_or_page_by_is_refused_by_name(
+    shared_desk: Desk, path: str, name: str, value: str
 ) -> None:
-    refused = expect(await shared_desk.client.get(f"/{route}", params={name: value}), 422)
+    refused = expect(await shared_desk.client.get(path, params={name: value}), 422)
     assert refused["field"] == name
+
+
+@pytest.mark.parametrize("path", [*HISTORIES, "/margin-report", "/positions/alice", "/health/ready", "/metrics"])
+async def test_a_parameter_that_is_unknown_is_named_with_the_valid_ones(shared_desk: Desk, path: str) -> None:
+    refused = expect(await shared_desk.client.get(path, params={"acount_id": "alice"}), 422)
+    assert refused["field"] == "acount_id"
+    assert refused["allowed"] == sorted(name for route, name in NO_QUERIES if route == path)
+
+
+@pytest.mark.parametrize(("path", "name"), NO_QUERIES)
+async def test_a_parameter_that_is_given_twice_is_refused(shared_desk: Desk, path: str, name: str) -> None:
+    refused = expect(await shared_desk.client.get(f"{path}?{name}=slot&{name}=slot"), 422)
+    assert refused["field"] == name
+
+
+async def test_every_body_and_every_parameter_of_the_api_is_tried_here(shared_desk: Desk) -> None:
+    document = expect(await shared_desk.client.get("/openapi.json"), 200)
+    posts = {path.replace("{account_id}", "alice") for path, methods in document["paths"].items() if "post" in methods}
+    assert posts == set(BODIES)
+    in_queries = {
+        (path, parameter["name"])
+        for path, methods in document["paths"].items()
+        for operation in methods.values()
+        for parameter in operation.get("parameters", [])
+        if parameter["in"] == "query"
+    }
+    assert in_queries == set(NO_QUERIES)
+
+
+def requests_with(marked: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Requests that can hardly be meant and have ``marked`` in every place where a client can put something."""
+    for path, body in BODIES.items():
+        yield "POST", path, {"json": dict.fromkeys([*body, *(f"{marked}{number}" for number in range(9))], marked)}
+        yield "POST", path, {"json": {**body, marked: marked}}
+        yield "POST", path, {"content": '{"' + marked + '": 1, "' + marked + '": 2}'}
+        yield "POST", path, {"content": marked}
+        yield "POST", path, {"content": '"' + marked + '"'}
+        yield "POST", path, {"content": marked, "headers": {"Content-Type": "text/plain; charset=" + marked}}
+    for path, name in NO_QUERIES:
+        yield "GET", path, {"params": {name: marked}}
+        yield "GET", path, {"params": {marked: marked}}
+        yield "GET", f"{path}/", {"params": {marked: marked}}
+    for method, path in (("GET", "/positions/"), ("GET", "/"), ("GET", "/docs/"), ("DELETE", "/trades/")):
+        yield method, path + marked, {}
+    for verb in ("deposit", "withdraw"):
+        yield "POST", f"/accounts/{marked}/{verb}", {"json": {"amount": marked}}
+    yield "POST", f"/accounts/{marked}/withdraw", {"json": {**TRANSFER, "client_transfer_id": marked}}
+    yield "POST", "/trade", {"json": {**TRADE, "account_id": marked, "client_trade_id": marked}}
+
+
+@pytest.mark.parametrize(
+    "marked", ["Q" * 64, "Q" * 4_000, "\u042f" * 64, "\u042f" * 1_000], ids=lambda text: f"{len(text.encode())}-bytes"
+)
+async def test_no_answer_echoes_more_than_128_bytes_of_what_was_sent(shared_desk: Desk, marked: str) -> None:
+    for method, path, request in requests_with(marked):
+        content = request.pop("content", None)
+        headers = {"Content-Type": "application/json", **request.pop("headers", {})}
+        answer = await shared_desk.client.request(
+            method,
+            path,
+            content=None if content is None else content.encode(),
+            headers={name: value.encode() for name, value in headers.items()} if content is not None else {},
+            **request,
+        )
+        if answer.status_code == 200:  # sixty-four letters may be the name of an account, which has no rows
+            assert "account_id" in str(request) or "client_t" in str(request), (path, answer.text)
+            continue
+        assert 400 <= answer.status_code < 500, (method, path, request, answer.text)
+        assert answer.headers["Content-Type"] == "application/problem+json"
+        sent_back = answer.text + "".join(answer.headers.values())
+        echoed = sum(len(letter.encode()) for letter in sent_back if letter == marked[0])
+        assert echoed <= ECHOED_BYTES_MAX, (method, path, request, answer.text)
+
+
+@pytest.mark.parametrize("path", [*BODIES, "/nothing"])
+async def test_a_body_that_says_it_is_too_large_is_refused_before_it_is_read(shared_desk: Desk, path: str) -> None:
+    read = False
+
+    async def body() -> AsyncIterator[bytes]:
+        nonlocal read
+        read = True
+        yield b""
+
+    headers = {"Content-Type": "application/json", "Content-Length": str(64 * 1024 + 1)}
+    answer = await shared_desk.client.post(path, content=body(), headers=headers)
+    assert expect(answer, 413)["code"] == "body_too_large"
+    assert not read
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_a_body_in_chunks_is_refused_as_soon_as_it_is_too_large(shared_desk: Desk, path: str) -> None:
+    read = 0
+
+    async def body() -> AsyncIterator[bytes]:
+        nonlocal read
+        while True:
+            read += 1_024
+            yield b" " * 1_024
+
+    headers = {"Content-Type": "application/json"}
+    answer = await shared_desk.client.post(path, content=body(), headers=headers)
+    assert expect(answer, 413)["code"] == "body_too_large"
+    assert read <= 66 * 1_024
+
+
+@pytest.mark.parametrize(("size", "status"), [(64 * 1024 - 1, 200), (64 * 1024, 200), (64 * 1024 + 1, 413)])
+async def test_a_body_may_have_64_kibibytes(shared_desk: Desk, size: int, status: int) -> None:
+    answer = await post_text(shared_desk, "/mark-price", json.dumps(MARK).ljust(size))
+    expect(answer, status)
 
 
 @pytest.mark.parametrize("value", ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00", "1e300", "-1e300"])
@@ -238,7 +380,10 @@ async def test_a_time_at_the_end_of_the_calendar_is_no_mistake_of_ours(
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/nothing", 404), ("GET", "/trade", 405), ("DELETE", "/trades", 405), ("POST", "/positions/alice", 405)],
+    [
+        *(("GET", "/nothing", 404), ("GET", "/trades/", 404), ("GET", "/positions/", 404)),
+        *(("GET", "/trade", 405), ("DELETE", "/trades", 405), ("POST", "/positions/alice", 405)),
+    ],
 )
 async def test_a_route_or_method_that_does_not_exist_is_answered_as_a_problem(
     shared_desk: Desk, method: str, path: str, status: int
@@ -246,6 +391,20 @@ async def test_a_route_or_method_that_does_not_exist_is_answered_as_a_problem(
     answer = await shared_desk.client.request(method, path)
     assert expect(answer, status)["status"] == status
     assert answer.headers["Content-Type"] == "application/problem+json"
+
+
+async def test_a_mistake_of_ours_is_answered_as_a_problem_that_tells_nothing_of_it(
+    shared_stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("a secret")
+
+    async with api_in_this_process(shared_stores, raise_app_exceptions=False) as client:
+        monkeypatch.setattr(MarkBook, "set_mark", fail)
+        answer = await client.post("/mark-price", json=MARK)
+    assert expect(answer, 500)["code"] == "internal_error"
+    assert answer.headers["Content-Type"] == "application/problem+json"
+    assert "secret" not in answer.text
 
 
 async def test_nothing_of_all_this_has_been_booked(shared_desk: Desk) -> None:

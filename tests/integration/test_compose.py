@@ -1,36 +1,45 @@
-"""``docker-compose.yml``: parsed, and each service's command and health check run as processes on this machine.
-
-The names ``redis`` and ``postgres`` become loopback addresses, the ports free ones; the rest runs as it stands.
-"""
+"""``docker-compose.yml`` as it is written; that it runs is ``tests/e2e/test_compose_runs.py``."""
 
 from __future__ import annotations
 
-import os
+import json
 import re
-import secrets
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import yaml
 
-from app.embedded import Servers
-from app.server_process import ServerProcess, as_user
-from tests.harness import environment, free_port
+ROOT = Path(__file__).parents[2]
+COMPOSE = ROOT / "docker-compose.yml"
+DOCUMENT: dict[str, Any] = yaml.safe_load(COMPOSE.read_text())
+SERVICES: dict[str, dict[str, Any]] = DOCUMENT["services"]
+OURS = ("migrate", "api", "watchdog-1", "watchdog-2")
+SENTINELS = ("sentinel-1", "sentinel-2", "sentinel-3")
+REPLICATED = {"redis-1", "redis-2", "redis-3", *SENTINELS}
+SERVERS = tuple(name for name in SERVICES if name != "migrate")
+VERSION = re.compile(r"[\w./-]+:v?\d+\.\d+(\.\d+)?(-\w[\w.]*)*")
 
-COMPOSE = Path(__file__).parents[2] / "docker-compose.yml"
-SERVICES: dict[str, dict[str, Any]] = yaml.safe_load(COMPOSE.read_text())["services"]
-SERVERS = ("redis", "postgres", "api", "watchdog")
+
+def mounts(name: str) -> list[list[str]]:
+    """Source, target and mode of each volume of a service."""
+    return [volume.split(":") for volume in SERVICES[name].get("volumes", [])]
 
 
-def test_it_has_the_five_services() -> None:
-    assert set(SERVICES) == {"redis", "postgres", "migrate", "api", "watchdog"}
+def test_it_is_what_the_compose_specification_takes() -> None:
+    check = Path(sys.executable).parent / "check-jsonschema"
+    checked = subprocess.run(
+        [check, "--builtin-schema", "vendor.compose-spec", COMPOSE], check=False, capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_it_has_the_whole_system() -> None:
+    stores, watching = {"redis", "postgres"}, {"prometheus", "alertmanager", "grafana"}
+    assert set(SERVICES) == {*stores, *REPLICATED, *OURS, *watching}
+    assert {name for name in SERVICES if SERVICES[name].get("profiles")} == REPLICATED
 
 
 @pytest.mark.parametrize("name", SERVERS)
@@ -39,170 +48,120 @@ def test_each_server_has_a_health_check_and_is_started_again(name: str) -> None:
     assert SERVICES[name]["restart"] == "unless-stopped"
 
 
-@pytest.mark.parametrize("name", ["migrate", "api", "watchdog"])
-def test_each_of_ours_waits_for_what_it_needs(name: str) -> None:
-    wanted = {"redis": "service_healthy", "postgres": "service_healthy"}
-    if name != "migrate":
-        wanted["migrate"] = "service_completed_successfully"
-    assert {on: how["condition"] for on, how in SERVICES[name]["depends_on"].items()} == wanted
+@pytest.mark.parametrize("name", SERVICES)
+def test_each_waits_for_what_it_needs_to_be_healthy(name: str) -> None:
+    stores = dict.fromkeys(("redis", "postgres"), "service_healthy")
+    started = stores | {"migrate": "service_completed_successfully"}
+    wanted = {
+        **dict.fromkeys(SENTINELS, dict.fromkeys(("redis-1", "redis-2", "redis-3"), "service_healthy")),
+        "migrate": stores | dict.fromkeys(SENTINELS, "service_healthy"),
+        **dict.fromkeys(("api", "watchdog-1", "watchdog-2"), started),
+        "prometheus": {"alertmanager": "service_healthy"},
+        "grafana": {"prometheus": "service_healthy"},
+    }
+    conditions = {on: how["condition"] for on, how in SERVICES[name].get("depends_on", {}).items()}
+    assert conditions == wanted.get(name, {})
+    optional = {on for on, how in SERVICES[name].get("depends_on", {}).items() if how.get("required") is False}
+    assert optional == (set(SENTINELS) if name == "migrate" else set())
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_each_runs_without_root_privileges_or_a_writable_root(name: str) -> None:
+    service = SERVICES[name]
+    assert service["user"].partition(":")[0] not in {"", "0", "root"}
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert not {"privileged", "cap_add", "pid", "ipc", "network_mode"} & set(service)
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_each_image_has_a_version(name: str) -> None:
+    assert VERSION.fullmatch(SERVICES[name]["image"])
+
+
+def test_our_image_is_built_from_pinned_images_and_does_not_run_as_root() -> None:
+    dockerfile = (ROOT / SERVICES["api"]["build"]["dockerfile"]).read_text()
+    bases = re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE)
+    assert len(bases) == 2
+    assert all(VERSION.fullmatch(base) for base in bases)
+    assert re.findall(r"^USER (\S+)", dockerfile, re.MULTILINE)[-1] == SERVICES["api"]["user"]
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", dockerfile, re.MULTILINE)
+    assert all((ROOT / source).exists() for line in copied for source in line.split())
 
 
 def test_ports_are_published_on_the_loopback_only() -> None:
-    published = [port for service in SERVICES.values() for port in service.get("ports", [])]
-    assert len(published) == 2
-    assert all(port.startswith("127.0.0.1:") for port in published)
+    published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
+    assert set(published) == {"api", "watchdog-1", "prometheus", "alertmanager", "grafana"}
+    assert all(port.startswith("127.0.0.1:") for ports in published.values() for port in ports)
+
+
+def test_only_what_needs_the_stores_reaches_them() -> None:
+    reaching = {name for name, service in SERVICES.items() if "stores" in service["networks"]}
+    assert reaching == {"redis", "postgres", *REPLICATED, *OURS}
+    assert DOCUMENT["networks"]["stores"]["internal"] is True
 
 
 def test_it_needs_no_env_file() -> None:
-    variables = re.findall(r"\$\{?(\w+)(:-[^}]+)?", COMPOSE.read_text())
+    variables = re.findall(r"\$\{?(\w+)(:-[^}]*)?", COMPOSE.read_text())
     assert all(default for _name, default in variables)
     assert not any("env_file" in service for service in SERVICES.values())
 
 
-class Machine:
-    """This machine in the place of Docker: addresses, programs and processes of the services."""
-
-    def __init__(self, directory: Path, servers: Servers) -> None:
-        self.directory = directory
-        self.programs = servers.postgres.programs
-        self.ports = {name: free_port() for name in SERVERS}
-        self.started: list[ServerProcess] = []
-        self._user = servers.postgres.user
-        self._path = [str(Path(sys.executable).parent), str(servers.redis.binary.parent), str(self.programs)]
-
-    def here(self, text: str) -> str:
-        """With host names and ports of the containers replaced by those of this machine."""
-        for name, port in (("redis", 6379), ("postgres", 5432), ("127.0.0.1", 8000), ("127.0.0.1", 8001)):
-            served_by = {6379: "redis", 5432: "postgres", 8000: "api", 8001: "watchdog"}[port]
-            text = text.replace(f"{name}:{port}", f"127.0.0.1:{self.ports[served_by]}")
-        return text
-
-    def environment(self, name: str) -> dict[str, str]:
-        variables = {key: self.here(str(value)) for key, value in SERVICES[name].get("environment", {}).items()}
-        variables |= {
-            key: str(self.ports[service])
-            for key, service in (("PLIMSOLL_API_PORT", "api"), ("PLIMSOLL_WATCHDOG_PORT", "watchdog"))
-            if key in variables
-        }
-        return environment(variables | {"PATH": os.pathsep.join([*self._path, os.environ["PATH"]])})
-
-    def start(self, name: str, command: list[str], user: tuple[int, int] | None = None) -> None:
-        self.started.append(
-            ServerProcess.spawn(
-                [self._program(command[0]), *command[1:]],
-                log=self.directory / f"{name}.log",
-                directory=self.directory,
-                user=user,
-                environment=self.environment(name),
-            )
-        )
-
-    def _program(self, name: str) -> str:
-        for folder in self._path:
-            if (Path(folder) / name).exists():
-                return str(Path(folder) / name)
-        raise AssertionError(f"no program {name}")
-
-    def run(self, name: str, command: list[str]) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [self._program(command[0]), *command[1:]],
-            check=False, capture_output=True, text=True, env=self.environment(name), cwd=self.directory, timeout=60,
-        )  # fmt: skip
-
-    def start_redis(self) -> None:
-        self.start("redis", [*SERVICES["redis"]["command"], "--port", str(self.ports["redis"])])
-
-    def start_postgres(self) -> None:
-        """As the image does: a cluster for POSTGRES_USER, and its database."""
-        variables = SERVICES["postgres"]["environment"]
-        cluster = self.directory / "cluster"
-        cluster.mkdir()
-        password = self.directory / "password"
-        password.write_text(variables["POSTGRES_PASSWORD"])
-        if self._user is not None:
-            os.chown(cluster, *self._user)
-            os.chown(password, *self._user)
-        subprocess.run(
-            [
-                self.programs / "initdb", "-D", cluster, "-U", variables["POSTGRES_USER"], "--pwfile", password,
-                "--auth=scram-sha-256", "--encoding=UTF8", "--locale=C", "--no-sync",
-            ],
-            check=True, capture_output=True, cwd=cluster, **as_user(self._user),
-        )  # fmt: skip
-        listen = ["-h", "127.0.0.1", "-p", str(self.ports["postgres"]), "-c", "unix_socket_directories="]
-        self.start("postgres", ["postgres", "-D", str(cluster), *listen], self._user)
-        self.wait_until_healthy("postgres")
-        url = f"postgresql://{variables['POSTGRES_USER']}:{variables['POSTGRES_PASSWORD']}@127.0.0.1"
-        made = self.run(
-            "postgres",
-            ["psql", f"{url}:{self.ports['postgres']}/postgres", "-c", f"CREATE DATABASE {variables['POSTGRES_DB']}"],
-        )
-        assert made.returncode == 0, made.stderr
-
-    def wait_until_healthy(self, name: str) -> None:
-        """Run the service's own health check as often as compose would."""
-        check = SERVICES[name]["healthcheck"]
-        command = [self.here(word) for word in check["test"][1:]]
-        if name in {"redis", "postgres"}:
-            at = command.index(name)
-            command[at : at + 1] = ["127.0.0.1", "-p", str(self.ports[name])]
-        checked = None
-        for _attempt in range(check["retries"]):
-            checked = self.run(name, command)
-            if checked.returncode == 0:
-                return
-            time.sleep(0.2)
-        log = (self.directory / f"{name}.log").read_text(errors="replace")
-        raise AssertionError(f"{name} is not healthy: {checked}\n{log}")
-
-    def stop(self) -> None:
-        for process in reversed(self.started):
-            process.stop([(signal.SIGTERM, 3), (signal.SIGINT, 10), (signal.SIGKILL, 5)])
+def test_redis_answers_only_for_what_is_on_disk_and_drops_nothing() -> None:
+    command = SERVICES["redis"]["command"]
+    options = dict(zip(command[1::2], command[2::2], strict=True))
+    assert (options["--appendonly"], options["--appendfsync"]) == ("yes", "always")
+    assert options["--maxmemory-policy"] == "noeviction"
+    assert (ROOT / "deploy" / "redis" / Path(options["--aclfile"]).name).exists()
 
 
-@pytest.fixture
-def machine(data_dir: Path, servers: Servers) -> Iterator[Machine]:
-    data_dir.chmod(0o755)
-    running = Machine(data_dir, servers)
-    yield running
-    running.stop()
+def test_the_service_runs_as_a_role_that_does_not_own_the_tables() -> None:
+    owner = SERVICES["postgres"]["environment"]["POSTGRES_USER"]
+    for name in ("api", "watchdog-1", "watchdog-2"):
+        assert f"//{owner}:" not in SERVICES[name]["environment"]["PLIMSOLL_DATABASE_URL"]
+        assert "PLIMSOLL_MIGRATIONS_URL" not in SERVICES[name]["environment"]
+    assert f"//{owner}:" in SERVICES["migrate"]["environment"]["PLIMSOLL_MIGRATIONS_URL"]
 
 
-def test_the_services_come_up_in_order_and_a_curl_books_a_trade(machine: Machine) -> None:
-    machine.start_redis()
-    machine.start_postgres()
-    machine.wait_until_healthy("redis")
-    migrated = machine.run("migrate", SERVICES["migrate"]["command"])
-    assert migrated.returncode == 0, migrated.stderr
-    again = machine.run("migrate", SERVICES["migrate"]["command"])
-    assert again.returncode == 0, again.stderr
-    for name in ("api", "watchdog"):
-        machine.start(name, SERVICES[name]["command"])
-    for name in ("api", "watchdog"):
-        machine.wait_until_healthy(name)
-    with httpx.Client(base_url=f"http://127.0.0.1:{machine.ports['api']}", trust_env=False) as api:
-        deposit = api.post("/accounts/alice/deposit", json={"amount": "10000"})
-        mark = api.post("/mark-price", json={"symbol": "BTC-PERP", "price": "50000"})
-        trade = api.post(
-            "/trade",
-            json={"account_id": "alice", "symbol": "BTC-PERP", "side": "buy", "quantity": "0.5", "price": "50000"},
-        )
-    assert (deposit.status_code, mark.status_code, trade.status_code) == (201, 200, 201)
-    assert trade.json()["recorded"] is True
+@pytest.mark.parametrize("name", SERVICES)
+def test_what_is_mounted_from_the_repository_exists_and_is_read_only(name: str) -> None:
+    for source, _target, *mode in mounts(name):
+        if source.startswith("."):
+            assert (ROOT / source).is_dir(), source
+            assert mode == ["ro"]
+        else:
+            assert source in DOCUMENT["volumes"]
 
 
-def test_redis_answers_only_for_what_is_on_disk_and_drops_nothing(machine: Machine) -> None:
-    machine.start_redis()
-    machine.wait_until_healthy("redis")
-    value = secrets.token_hex(8)
-    cli = ["redis-cli", "-p", str(machine.ports["redis"])]
-    settings = {
-        name: machine.run("redis", [*cli, "config", "get", name]).stdout.splitlines()[1:]
-        for name in ("appendonly", "appendfsync", "maxmemory-policy")
+def test_prometheus_scrapes_and_alerts_the_services_of_this_file() -> None:
+    configured = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())
+    scraped = {
+        target
+        for job in configured["scrape_configs"]
+        for static in job["static_configs"]
+        for target in static["targets"]
     }
-    assert settings == {"appendonly": ["yes"], "appendfsync": ["always"], "maxmemory-policy": ["noeviction"]}
-    machine.run("redis", [*cli, "set", "mark", value])
-    machine.started.pop().stop([(signal.SIGKILL, 5)])
-    machine.start_redis()
-    machine.wait_until_healthy("redis")
-    assert machine.run("redis", [*cli, "get", "mark"]).stdout.strip() == value
+    assert {"api:8000", "watchdog-1:8001", "watchdog-2:8001"} <= scraped
+    (alerted,) = configured["alerting"]["alertmanagers"]
+    assert alerted["static_configs"][0]["targets"] == ["alertmanager:9093"]
+    files = {job["authorization"]["credentials_file"] for job in configured["scrape_configs"] if "authorization" in job}
+    assert files == {f"/run/secrets/{name}" for name in SERVICES["prometheus"]["secrets"]}
+
+
+def test_grafana_finds_its_source_of_data_and_its_dashboards() -> None:
+    provisioning = ROOT / "deploy" / "grafana" / "provisioning"
+    (source,) = yaml.safe_load(next((provisioning / "datasources").iterdir()).read_text())["datasources"]
+    assert (source["type"], source["url"]) == ("prometheus", "http://prometheus:9090")
+    (provider,) = yaml.safe_load(next((provisioning / "dashboards").iterdir()).read_text())["providers"]
+    (mounted,) = [source for source, target, *_ in mounts("grafana") if target == provider["options"]["path"]]
+    dashboards = [json.loads(path.read_text()) for path in sorted((ROOT / mounted).glob("*.json"))]
+    assert dashboards
+    assert len({dashboard["uid"] for dashboard in dashboards}) == len(dashboards)
+
+
+def test_whoever_reaches_grafana_may_look_and_nobody_is_administrator() -> None:
+    variables = SERVICES["grafana"]["environment"]
+    assert (variables["GF_AUTH_ANONYMOUS_ENABLED"], variables["GF_AUTH_ANONYMOUS_ORG_ROLE"]) == ("true", "Viewer")
+    assert variables["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == "true"
+    assert not any("PASSWORD" in name for name in variables)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import psycopg2
@@ -238,7 +239,7 @@ def test_configured_addresses_win_and_are_taken_as_they_are(servers: Servers) ->
 
 def test_one_configured_address_wins_over_that_of_the_data_dir(servers: Servers) -> None:
     located = locate_stores(Settings(redis_url="redis://nowhere.invalid:1/0", data_dir=servers.data_dir))
-    assert located == embedded.Stores("redis://nowhere.invalid:1/0", servers.database_url)
+    assert located == replace(servers.stores, redis_url="redis://nowhere.invalid:1/0")
 
 
 def test_the_servers_of_the_data_dir_win_over_localhost(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +255,7 @@ def test_while_one_server_of_the_data_dir_lives_the_other_is_not_looked_for_else
 def test_localhost_comes_last(servers: Servers, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "LOCALHOST_REDIS_URL", servers.redis_url)
     monkeypatch.setattr(embedded, "LOCALHOST_DATABASE_URL", servers.database_url)
-    assert locate_stores(Settings(data_dir=data_dir)) == servers.stores
+    assert locate_stores(Settings(data_dir=data_dir)) == embedded.Stores(servers.redis_url, servers.database_url)
 
 
 def test_where_nothing_runs_the_error_names_the_two_variables_and_the_command(
@@ -272,6 +273,16 @@ def test_an_address_of_the_wrong_kind_is_refused_without_showing_it() -> None:
     with pytest.raises(BadAddress, match="PLIMSOLL_DATABASE_URL must begin with postgresql://") as refused:
         locate_stores(Settings(redis_url="redis://x", database_url="mysql://root:secret@x"))
     assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("setting", ["redis_url", "database_url", "migrations_url"])
+def test_a_password_that_breaks_its_address_is_not_quoted(setting: str) -> None:
+    scheme = "redis" if setting == "redis_url" else "postgresql"
+    configured = {"redis_url": "redis://x", "database_url": "postgresql://x/x"}
+    with pytest.raises(BadAddress, match=f"PLIMSOLL_{setting.upper()} cannot be read") as refused:
+        locate_stores(Settings(**{**configured, setting: f"{scheme}://user:can/ary@host/x"}))  # type: ignore[arg-type]
+    assert "can" not in str(refused.value).replace("cannot", "")
+    assert "ary" not in str(refused.value)
 
 
 def test_looking_for_stores_starts_nothing_and_makes_no_directory(

@@ -229,6 +229,7 @@ async def test_the_examples_of_the_documentation_work_when_sent(used: Desk) -> N
     document = expect(await used.client.get("/openapi.json"), 200)
     bodies = examples(document)
     order = ["/mark-price", "/accounts/{account_id}/deposit", "/trade", "/accounts/{account_id}/withdraw"]
+    order += ["/halt", "/resume"]
     assert sorted(order) == sorted(bodies)
     for path in order:
         parameters = {

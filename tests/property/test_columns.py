@@ -6,9 +6,11 @@ from decimal import Decimal
 from fractions import Fraction
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app import errors
 from app.columns import INT64, Chunk, Marks, Sums, _column, _exact_sum
 from app.numbers import from_units
 from app.records import UNIT, pack, unpack
@@ -39,11 +41,14 @@ def test_a_packed_value_is_unpacked(value: int) -> None:
 
 @repeatable
 @given(values=st.lists(INT64S, max_size=20), rows=st.integers(0, 25), cut=st.integers(0, 7))
-def test_a_column_that_ends_early_is_padded_with_zeros(values: list[int], rows: int, cut: int) -> None:
+def test_a_column_is_its_values_or_short(values: list[int], rows: int, cut: int) -> None:
     packed = b"".join(UNIT.pack(value) for value in values)
-    whole = packed[: len(packed) - cut] if cut and values else packed
-    kept = len(whole) // 8
-    assert _column(whole, rows).tolist() == (values[:kept] + [0] * rows)[:rows]
+    packed = packed[: len(packed) - cut] if cut and values else packed
+    if len(packed) < rows * 8:
+        with pytest.raises(errors.ColumnsShort):
+            _column("a column", packed, rows)
+    else:
+        assert _column("a column", packed, rows).tolist() == values[:rows]
 
 
 @repeatable

@@ -7,6 +7,7 @@ from decimal import Decimal
 import numpy as np
 import pytest
 
+from app import errors
 from app.columns import INT64, Chunk, Marks, Sums, _column, _marks_from
 from app.numbers import UNITS_PER_ONE
 from app.records import NOTHING, UNIT, pack, unpack
@@ -114,17 +115,14 @@ def test_totals_of_nobody_are_zero() -> None:
     assert (totals.equity, totals.used_margin, totals.long_notional, totals.short_notional) == amounts(0, 0, 0, 0)
 
 
-def test_a_column_that_ends_early_holds_zeros_from_there_on() -> None:
+def test_nobody_is_judged_by_a_column_that_ends_early() -> None:
     packed = UNIT.pack(1) + UNIT.pack(-2)
-    assert _column(packed, 2).tolist() == [1, -2]
-    assert _column(packed, 1).tolist() == [1]
-    assert _column(packed, 4).tolist() == [1, -2, 0, 0]
-    assert _column(b"", 3).tolist() == [0, 0, 0]
-    assert _column(b"", 0).tolist() == []
-
-
-def test_a_column_that_ends_inside_a_value_holds_zero_there() -> None:
-    assert _column(UNIT.pack(1) + b"\x01\x02\x03", 3).tolist() == [1, 0, 0]
+    assert _column("balance", packed, 2).tolist() == [1, -2]
+    assert _column("balance", packed, 1).tolist() == [1]
+    assert _column("balance", b"", 0).tolist() == []
+    for short, rows in ((packed, 3), (packed[:-1], 2), (b"", 1)):
+        with pytest.raises(errors.ColumnsShort, match="balance was lost"):
+            _column("balance", short, rows)
 
 
 def test_marks_are_read_with_their_version_and_what_was_set_by_hand() -> None:

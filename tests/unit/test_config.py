@@ -8,7 +8,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from app.config import Settings, get_settings
 from app.contracts import BTC_PERP, Contract
@@ -19,6 +19,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "configuration.md"
 VARIABLES: dict[str, tuple[str, object]] = {
     "PLIMSOLL_REDIS_URL": ("redis://redis:6379/1", "redis://redis:6379/1"),
     "PLIMSOLL_DATABASE_URL": ("postgresql://u:p@postgres/plimsoll", "postgresql://u:p@postgres/plimsoll"),
+    "PLIMSOLL_MIGRATIONS_URL": ("postgresql://owner:p@postgres/plimsoll", "postgresql://owner:p@postgres/plimsoll"),
     "PLIMSOLL_DATA_DIR": ("/var/lib/plimsoll", Path("/var/lib/plimsoll")),
     "PLIMSOLL_REDIS_SERVER": ("/usr/bin/redis-server", Path("/usr/bin/redis-server")),
     "PLIMSOLL_API_HOST": ("0.0.0.0", "0.0.0.0"),
@@ -26,8 +27,16 @@ VARIABLES: dict[str, tuple[str, object]] = {
     "PLIMSOLL_API_WORKERS": ("4", 4),
     "PLIMSOLL_WATCHDOG_HOST": ("0.0.0.0", "0.0.0.0"),
     "PLIMSOLL_WATCHDOG_PORT": ("0", 0),
+    "PLIMSOLL_AUTH": ("on", "on"),
+    "PLIMSOLL_ALLOW_KEYLESS": ("1", True),
+    "PLIMSOLL_API_KEY": ("plimsoll_0_0", SecretStr("plimsoll_0_0")),
+    "PLIMSOLL_KEYS_REFRESH_SECONDS": ("0.5", 0.5),
+    "PLIMSOLL_KEYS_STALE_SECONDS_MAX": ("60", 60.0),
+    "PLIMSOLL_READS_PER_SECOND_MAX": ("5", 5),
+    "PLIMSOLL_WRITES_PER_SECOND_MAX": ("6", 6),
     "PLIMSOLL_DEMO": ("off", "off"),
     "PLIMSOLL_LOG_LEVEL": ("debug", "debug"),
+    "PLIMSOLL_ACCESS_LOG": ("all", "all"),
     "PLIMSOLL_CONTRACTS": ('[{"symbol": "ETH-PERP"}]', (Contract(symbol="ETH-PERP"),)),
     "PLIMSOLL_RESTORE_AT": ("maintenance", "maintenance"),
     "PLIMSOLL_MARK_MAX_AGE_SECONDS": ("2.5", 2.5),
@@ -37,6 +46,7 @@ VARIABLES: dict[str, tuple[str, object]] = {
     "PLIMSOLL_AUDIT_ACCOUNTS_PER_SWEEP": ("100", 100),
     "PLIMSOLL_REFRESH_ACCOUNTS_PER_SWEEP": ("100", 100),
     "PLIMSOLL_REDIS_TIMEOUT_SECONDS": ("1.5", 1.5),
+    "PLIMSOLL_REDIS_WAIT_REPLICAS": ("2", 2),
     "PLIMSOLL_RECORD_TIMEOUT_SECONDS": ("1.5", 1.5),
     "PLIMSOLL_OUTBOX_SOFT_LIMIT": ("10", 10),
     "PLIMSOLL_OUTBOX_HARD_LIMIT": ("20", 20),
@@ -86,6 +96,8 @@ def test_the_defaults_are_those_of_the_design() -> None:
         ("PLIMSOLL_MARK_MAX_AGE_SECONDS", "0"),
         ("PLIMSOLL_MARK_JUMP_MAX", "0"),
         ("PLIMSOLL_DEMO", "perhaps"),
+        ("PLIMSOLL_AUTH", "perhaps"),
+        ("PLIMSOLL_READS_PER_SECOND_MAX", "0"),
         ("PLIMSOLL_RESTORE_AT", "never"),
         ("PLIMSOLL_LOG_LEVEL", "loud"),
         ("PLIMSOLL_CONTRACTS", "[]"),

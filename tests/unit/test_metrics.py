@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from datetime import UTC, datetime
 from decimal import Decimal
-from pathlib import Path
 
 import freezegun
+import numpy as np
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 import app.metrics
 import watchdog.metrics
-from app.columns import Marks, Totals
+from app.columns import INT64, Chunk, Marks, Totals, screen
+from app.contracts import BTC_PERP
+from app.numbers import UNITS_PER_ONE
+from tests.metrics_document import DOCUMENT, exported, replaced
 from tests.unit.cast import BTC, NOON_US
+from watchdog.metrics import MARGIN_RATIO_BANDS as BANDS
 from watchdog.sweep import Swept
-
-DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
 
 FIXED_FROM_THE_FIRST_DAY = {
     "plimsoll_accounts": {"state"},
@@ -45,24 +49,6 @@ FIXED_FROM_THE_FIRST_DAY = {
 }
 
 
-def exported() -> dict[str, set[str]]:
-    """Every metric of both processes by the name it is queried by, with its labels."""
-    found: dict[str, set[str]] = {}
-    for registry in (app.metrics.REGISTRY, watchdog.metrics.REGISTRY):
-        for collector in set(registry._names_to_collectors.values()):
-            if isinstance(collector, watchdog.metrics.RedisCounters):
-                continue
-            for metric in collector.collect():
-                found[queried_by(metric)] = set(getattr(collector, "_labelnames", ()))
-    for metric in counted(liquidations=1, recoveries=1):
-        found[queried_by(metric)] = set()
-    return found
-
-
-def queried_by(metric: Metric) -> str:
-    return f"{metric.name}_total" if metric.type == "counter" else metric.name
-
-
 def counted(liquidations: int | None, recoveries: int | None) -> list[Metric]:
     counters = watchdog.metrics.RedisCounters()
     counters.liquidations, counters.recoveries = liquidations, recoveries
@@ -70,15 +56,24 @@ def counted(liquidations: int | None, recoveries: int | None) -> list[Metric]:
 
 
 def test_every_name_that_is_fixed_is_exported_with_its_labels() -> None:
-    found = exported()
-    assert {name: found.get(name) for name in FIXED_FROM_THE_FIRST_DAY} == FIXED_FROM_THE_FIRST_DAY
+    labels = {name: set(metric.labels) for name, metric in exported().items()}
+    assert {name: labels.get(name) for name in FIXED_FROM_THE_FIRST_DAY} == FIXED_FROM_THE_FIRST_DAY
 
 
 def test_every_metric_that_is_exported_is_documented_and_no_other() -> None:
     if not DOCUMENT.exists():
         pytest.skip("not a whole checkout")
-    documented = set(re.findall(r"^\| `(plimsoll_\w+)`", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE))
-    assert set(exported()) == documented
+    document = DOCUMENT.read_text(encoding="utf-8")
+    assert document == replaced(document), "make metrics-table writes the table again"
+
+
+def test_promtool_finds_nothing_to_say_of_the_watchdogs_page() -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed")
+    page = generate_latest(watchdog.metrics.REGISTRY) + generate_latest(app.metrics.REGISTRY)
+    checked = subprocess.run([promtool, "check", "metrics"], input=page, capture_output=True, check=False)
+    assert (checked.returncode, checked.stdout + checked.stderr) == (0, b"")
 
 
 def test_names_say_their_unit_and_only_counters_end_in_total() -> None:
@@ -90,9 +85,9 @@ def test_names_say_their_unit_and_only_counters_end_in_total() -> None:
 
 
 def test_no_account_is_ever_a_label() -> None:
-    assert {label for labels in exported().values() for label in labels} == {
-        "state", "symbol", "trigger", "result", "side", "outcome", "code", "route", "method", "status", "reason",
-        "invariant",
+    assert {label for metric in exported().values() for label in metric.labels} == {
+        "state", "band", "symbol", "trigger", "result", "side", "outcome", "code", "route", "method", "status",
+        "reason", "invariant",
     }  # fmt: skip
 
 
@@ -152,3 +147,37 @@ def test_the_gauges_show_what_a_sweep_found_and_when() -> None:
     assert value_of("plimsoll_equity_usdt") == 62_995.25
     assert value_of("plimsoll_used_margin_usdt") == 63_600
     assert value_of("plimsoll_maintenance_margin_usdt") == 31_800
+
+
+def test_the_bands_count_the_accounts_with_a_position_by_margin_ratio() -> None:
+    # Each but the last two is long 1 BTC from 50,000, at 50,000: the maintenance margin is 5,000, equity the balance.
+    balances = [40_000, 20_000, 19_999, 5_000, 4_999, -1, 40_000, 1_000]
+    quantities = [1, 1, 1, 1, 1, 1, 1, 0]  # the seventh is in quarantine, the eighth is flat
+    contracts = {BTC: BTC_PERP}
+
+    def column(values: list[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        return np.array([value * UNITS_PER_ONE for value in values], dtype=INT64)
+
+    chunk = Chunk(
+        first_slot=0,
+        balance=column(balances),
+        breach=column([0] * 8),
+        quantity={BTC: column(quantities)},
+        cost={BTC: column([50_000 * quantity for quantity in quantities])},
+        marks=Marks(prices={BTC: Decimal(50_000)}, timestamps_us={BTC: NOON_US}, version=1, by_hand=()),
+    )
+    swept = Swept(
+        version=1,
+        marks=chunk.marks,
+        accounts=7,
+        states={},
+        open_breaches=0,
+        overdue=0,
+        totals=Totals(Decimal(0), Decimal(0), Decimal(0), Decimal(0), Decimal(0)),
+        chunks=[(chunk, screen(chunk, contracts, restore_at="initial"))],
+        quarantined={6: "quinn"},
+    )
+    watchdog.metrics.show_bands(swept)
+    shown = {band: value_of("plimsoll_margin_ratio_accounts", band=band) for band in (*BANDS, "above_1")}
+    # 0.125 and 0.25; 0.25001; none; 1; 1.0002 and the negative one
+    assert shown == {"0-0.25": 2, "0.25-0.5": 1, "0.5-0.75": 0, "0.75-1": 1, "above_1": 2}

@@ -10,6 +10,7 @@ import pytest
 
 from app import errors
 from app.records import (
+    NOTHING,
     UNIT,
     OpenBreach,
     RecordError,
@@ -361,6 +362,21 @@ def test_the_order_of_the_fields_and_columns_that_end_early_are_no_edit() -> Non
     assert short_columns.agrees(short_columns.account(CONTRACTS))
 
 
+def test_a_damaged_row_of_the_columns_is_no_edit_by_hand() -> None:
+    nothing = [[b"48000", b"48000", b"1767268800000000", NOTHING, NOTHING], [b"", b"", b"", b"", b""]]
+    for damage in ({"symbols": nothing}, {"packed_balance": b""}, {"packed_breach": NOTHING}):
+        snapshot = snapshot_from("alice", [BTC, ETH], answer(**damage))
+        assert snapshot.agrees(ALICE_LONG_1_BTC)
+        assert not snapshot.packed_agrees()
+    assert snapshot_from("alice", [BTC, ETH], answer()).packed_agrees()
+
+
+def test_an_edit_by_hand_starts_from_what_the_ledger_says_whatever_the_columns_hold() -> None:
+    snapshot = snapshot_from("alice", [BTC, ETH], answer(balance=b"99", packed_balance=b""))
+    assert not snapshot.agrees(snapshot.account(CONTRACTS))
+    assert snapshot.known_account() == ALICE_LONG_1_BTC
+
+
 def test_a_mark_set_by_hand_is_one_that_was_not_accepted() -> None:
     snapshot = edited(
         mark_texts={BTC: (b"48001", b"48000", b"1767268800000000"), ETH: (b"abc", b"2400", b"1767268800000000")}
@@ -391,6 +407,7 @@ def answer(**changed: Any) -> list[Any]:  # noqa: ANN401  # items of an answer
             [b"48000", b"48000", b"1767268800000000", pack(Decimal(1)), pack(Decimal(50_000))],
             [b"", b"", b"", b"", b""],
         ],
+        "ledger_row": [pack(Decimal(14_000)), pack(Decimal(1)) + pack(Decimal(50_000)), b""],
     }
     return list({**parts, **changed}.values())
 
@@ -406,7 +423,8 @@ def test_a_snapshot_is_what_one_read_found() -> None:
 
 
 def test_an_account_that_is_not_there_has_no_slot_no_history_and_no_breach() -> None:
-    snapshot = snapshot_from("nobody", [BTC, ETH], answer(balance=b"", fields=[], ledger=[b""] * 5, packed_balance=b""))
+    nothing: dict[str, Any] = {"balance": b"", "fields": [], "ledger": [b""] * 5, "packed_balance": b""}
+    snapshot = snapshot_from("nobody", [BTC, ETH], answer(**nothing, ledger_row=[b""] * 3))
     assert (snapshot.slot, snapshot.seq, snapshot.breach) == (None, 0, None)
     assert not snapshot.exists
     assert not snapshot.balance_lost

@@ -38,6 +38,7 @@ HEAD = {
     "swept_version": 7,
     "swept_age_seconds": 0.1,
     "warning": None,
+    "halted": False,
 }
 
 

@@ -16,8 +16,10 @@ class Mutant:
     old: str
     new: str
     says: str
+    tests: str = "tests/faults"
 
 
+SIMULATION: Final = "tests/property/test_simulation.py"
 MUTANTS: Final = (
     Mutant(
         "F1",
@@ -42,6 +44,14 @@ MUTANTS: Final = (
         '"ON CONFLICT (id) DO NOTHING RETURNING id"',
         '"RETURNING id"',
         "a row that is there already is an error",
+    ),
+    Mutant(
+        "F4",
+        "test_f03 and full_outbox",
+        "app/outbox.py",
+        "        self.postgres_away = True",
+        "        self.postgres_away = False",
+        "the breaker never opens: each answer waits for a Postgres that is silent",
     ),
     Mutant(
         "F6",
@@ -84,6 +94,14 @@ MUTANTS: Final = (
         "a commit without an answer is called not sent",
     ),
     Mutant(
+        "F11",
+        "test_f11",
+        "app/batcher.py",
+        "        if confirmed < self.replicas:",
+        "        if False:",
+        "an answer does not wait for a replica",
+    ),
+    Mutant(
         "F12",
         "test_f12",
         "app/scripts/guard.lua",
@@ -122,5 +140,39 @@ MUTANTS: Final = (
         "if found ~= kind and found ~= 'none' then return {'wrong_type', key} end",
         "if false then return {'wrong_type', key} end",
         "types are not checked before anything is touched",
+    ),
+    Mutant(
+        "F21",
+        "test_f21_lost",
+        "app/scripts/guard.lua",
+        "if redis.call('STRLEN', key) < bytes then return {'columns_short', key} end",
+        "if false then return {'columns_short', key} end",
+        "a row is written into a column that was lost: the others read as zeros",
+    ),
+    Mutant(
+        "F21",
+        "test_f21_lost",
+        "app/booking.py",
+        "before = snapshot.known_account()",
+        "before = snapshot.packed_account()",
+        "an edit by hand starts from what a damaged column says",
+    ),
+    Mutant(
+        "sim",
+        "nothing_is_lost",
+        "app/scripts/commit.lua",
+        "  or not record_is(KEYS[6], KEYS[7], ARGV[8], fields) then",
+        "  then",
+        "a commit does not compare the record",
+        SIMULATION,
+    ),
+    Mutant(
+        "sim",
+        "nothing_is_lost",
+        "app/history.py",
+        "            if newest != epoch:",
+        "            if False:",
+        "rows of an older epoch are not fenced",
+        SIMULATION,
     ),
 )

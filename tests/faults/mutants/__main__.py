@@ -49,12 +49,12 @@ def _verdict(mutant: Mutant) -> str:
             return "outdated"
         path.write_text(text.replace(mutant.old, mutant.new))
         for _ in range(ATTEMPTS_MAX):
-            if not _passes(tree, mutant.rows):
+            if not _passes(tree, mutant):
                 return "red"
     return "SURVIVED"
 
 
-def _passes(tree: Path, rows: str) -> bool:
+def _passes(tree: Path, mutant: Mutant) -> bool:
     """Whether the row's tests, and at least one, pass on this tree. The copy comes before the installed package."""
     environment = {**os.environ, "PLIMSOLL_FAULTS_ROUNDS": "short", "PYTHONPATH": str(tree)}
     environment.pop("PLIMSOLL_FAULTS_TABLE", None)
@@ -64,14 +64,14 @@ def _passes(tree: Path, rows: str) -> bool:
             "-m",
             "pytest",
             "-m",
-            "faults",
-            "tests/faults",
+            "faults" if mutant.tests == "tests/faults" else "not faults",
+            mutant.tests,
             "-x",
             "-q",
             "-p",
             "no:cacheprovider",
             "-k",
-            rows,
+            mutant.rows,
         ],
         cwd=tree,
         env=environment,

@@ -65,7 +65,7 @@ class Driver(RuleBasedStateMachine):
         elif ended.error is None:
             self.edited.clear()
 
-    def _book(self, operation: Operation, stop: Stop | None) -> None:
+    def _book(self, operation: Operation, stop: Stop | None, *, settle: bool = True) -> Ended:
         if operation not in self.operations:
             self.operations.append(operation)
         order, booking = operation.order, self.api.booking
@@ -79,9 +79,11 @@ class Driver(RuleBasedStateMachine):
             ),
             stop,
             operation,
+            settle=settle,
         )
         if ended.paused or ended.crashed:
             self.api = self.run(self.arena.start())
+        return ended
 
     def _perform(
         self,

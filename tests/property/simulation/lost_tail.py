@@ -26,6 +26,14 @@ class Image:
             *values, last_id = await pipeline.execute()
         return cls(dict(zip(names, values, strict=True)), int(last_id))
 
+    async def put_back(self, arena: Arena) -> None:
+        """Make Redis what it was, whatever came after."""
+        async with arena.redis.pipeline(transaction=True) as pipeline:
+            pipeline.flushdb()
+            for name, value in self.values.items():
+                pipeline.restore(name, 0, value)
+            await pipeline.execute()
+
 
 async def lost_tail(arena: Arena, image: Image) -> bool:
     """Put ``image`` back, if all that came after it is in Postgres; whether it was."""
@@ -35,9 +43,5 @@ async def lost_tail(arena: Arena, image: Image) -> bool:
     ((recorded,),) = await arena.rows(f"SELECT {counted}")
     if recorded < last_id - image.last_id:
         return False
-    async with arena.redis.pipeline(transaction=True) as pipeline:
-        pipeline.flushdb()
-        for name, value in image.values.items():
-            pipeline.restore(name, 0, value)
-        await pipeline.execute()
+    await image.put_back(arena)
     return True

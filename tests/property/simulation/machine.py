@@ -106,6 +106,25 @@ class Simulation(Driver):
         if amount > 200:
             self._audit(stop)
 
+    @precondition(lambda self: len(self.paused) < PAUSED_MAX)
+    @rule(account=accounts, amount=amounts)
+    def edit_between_read_and_commit(self, account: str, amount: Decimal) -> None:
+        """Somebody edits the balance that a deposit has read already, and is about to commit on."""
+        operation = Operation(TransferOrder(account, "deposit", Decimal(13)), f"c{len(self.operations)}")
+        ended = self._book(operation, Stop("read | commit", "pause"))
+        if not ended.paused:
+            return
+        self.paused.pop()
+        self._set_balance(account, amount)
+        self.run(self.arena.finish(ended, kill=False))
+        self._ended(ended, operation)
+
+    def _set_balance(self, account: str, amount: Decimal) -> None:
+        self.run(self.arena.redis.set(keys.balance_key(account), format_decimal(amount)))
+        self.model.oracle.accounts[account].balance = amount
+        self.edited.add(account)
+        self._step("edit")
+
     @rule(cents=st.integers(-900, 900))
     def mark_by_hand(self, cents: int) -> None:
         """Somebody sets the mark with redis-cli; whoever meets it adopts it."""
@@ -147,13 +166,31 @@ class Simulation(Driver):
         self._book(Operation(TransferOrder(account, "deposit", Decimal(9)), f"c{len(self.operations)}"), None)
         self._restart(stop, tail_lost=True)
 
+    @precondition(lambda self: len(self.paused) < PAUSED_MAX and not self.edited)
+    @rule(account=accounts, left_at=st.sampled_from(BOOKING_GAPS[1:3]), other=st.booleans())
+    def old_writer_after_a_lost_tail(self, account: str, left_at: str, other: bool) -> None:
+        """Redis loses a deposit that a process still holds to write it, and may have given its id to another since."""
+        if self.arena.weather.postgres_away:
+            return
+        self._drain(None)
+        image = self.run(Image.taken(self.arena))
+        lost = Operation(TransferOrder(account, "deposit", Decimal(11)), f"c{len(self.operations)}")
+        ended = self._book(lost, Stop(left_at, "pause"), settle=False)
+        if not ended.paused:
+            self._ended(ended, lost)
+            return
+        self.paused.pop()
+        self.run(image.put_back(self.arena))
+        self._restart(None, tail_lost=False)
+        if other:
+            self._book(Operation(TransferOrder(account, "deposit", Decimal(12)), f"c{len(self.operations)}"), None)
+        self.run(self.arena.finish(ended, kill=False))
+        self._ended(ended, lost)
+
     @rule(account=accounts, amount=amounts, stop=crashes(ADOPTION_GAPS))
     def audit_that_crashes(self, account: str, amount: Decimal, stop: Stop) -> None:
         """The audit dies while it adopts an edit."""
-        self.run(self.arena.redis.set(keys.balance_key(account), format_decimal(amount)))
-        self.model.oracle.accounts[account].balance = amount
-        self.edited.add(account)
-        self._step("edit")
+        self._set_balance(account, amount)
         self._audit(stop)
 
     @rule(which=st.integers(0, WATCHDOGS - 1), stop=stops(SWEEP_GAPS))

@@ -99,6 +99,7 @@ class Arena:
     stores: Stores
     settings: Settings
     engine: AsyncEngine
+    owner: AsyncEngine
     redis: Redis
     store: StateStore
     weather: Weather = field(default_factory=Weather)
@@ -116,6 +117,7 @@ class Arena:
             stores=stores,
             settings=settings,
             engine=database.create_engine(stores.database_url),
+            owner=database.create_engine(stores.owner_url),
             redis=Redis.from_url(stores.redis_url),
             store=StateStore(stores.redis_url, settings),
         )
@@ -125,6 +127,7 @@ class Arena:
         await self.redis.aclose()
         await self.store.close()
         await self.engine.dispose()
+        await self.owner.dispose()
 
     async def clean(self) -> None:
         """Empty both stores and make a new state."""
@@ -132,7 +135,7 @@ class Arena:
         self.weather.postgres_away = False
         self.weather.written.clear()
         await self.redis.flushdb()
-        async with self.engine.begin() as connection:
+        async with self.owner.begin() as connection:
             # History is immutable; only the owner of the server may set its triggers aside.
             await connection.execute(text("SET LOCAL session_replication_role = replica"))
             for table in TABLES:

@@ -1,0 +1,91 @@
+"""The accounts this process changed last, and the marks it read last: a guess that a commit proves or refuses."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from app.services.trading import Account, Market
+
+ACCOUNTS_MAX: Final = 10_000
+"""About a kilobyte each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """What a decision is made on, and the texts that a commit compares with what is there.
+
+    A ``guessed`` one was not read for this decision: its commit also compares ``epoch``, the mark version, the texts
+    of the marks, and that nothing is halted.
+    """
+
+    account: Account
+    market: Market
+    balance_text: bytes
+    fields: tuple[bytes, ...]
+    seq_text: bytes
+    breach_text: bytes
+    has_slot: bool
+    epoch: bytes = b""
+    mark_texts: Mapping[str, bytes] | None = None
+
+    @property
+    def guessed(self) -> bool:
+        """Whether the marks and the epoch are compared as well."""
+        return self.mark_texts is not None
+
+
+@dataclass(frozen=True, slots=True)
+class KnownAccount:
+    """An account as a commit of this process left it, and the epoch of that commit."""
+
+    account: Account
+    balance_text: bytes
+    fields: tuple[bytes, ...]
+    seq_text: bytes
+    epoch: bytes
+
+
+class Recent:
+    """What one process may guess. Whoever takes an account's guess has it alone, so no two commits bet on one."""
+
+    def __init__(self) -> None:
+        self._accounts: OrderedDict[str, KnownAccount] = OrderedDict()
+        self._market: Market | None = None
+        self._mark_texts: Mapping[str, bytes] = {}
+
+    def keep_market(self, market: Market, mark_texts: Mapping[str, bytes]) -> None:
+        """Remember the marks of a read, unless newer ones are known; halted ones are no ground for a guess."""
+        if market.halted:
+            self._market = None
+        elif self._market is None or market.mark_version >= self._market.mark_version:
+            self._market, self._mark_texts = market, mark_texts
+
+    def forget_market(self) -> None:
+        """What was guessed was refused: the next decision reads."""
+        self._market = None
+
+    def keep(self, known: KnownAccount) -> None:
+        """Remember an account that has just been committed and is in no breach."""
+        self._accounts[known.account.account_id] = known
+        if len(self._accounts) > ACCOUNTS_MAX:
+            self._accounts.popitem(last=False)
+
+    def take(self, account_id: str) -> Basis | None:
+        """The guess on an account, once."""
+        known = self._accounts.pop(account_id, None)
+        if known is None or self._market is None:
+            return None
+        return Basis(
+            account=known.account,
+            market=self._market,
+            balance_text=known.balance_text,
+            fields=known.fields,
+            seq_text=known.seq_text,
+            breach_text=b"",
+            has_slot=True,
+            epoch=known.epoch,
+            mark_texts=self._mark_texts,
+        )

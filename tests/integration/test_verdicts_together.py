@@ -1,0 +1,132 @@
+"""Many verdicts are recorded by one call, and each is judged on its own."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from decimal import Decimal
+from typing import Final
+
+import asyncpg
+import pytest
+
+from app import database
+from app import redis_client as keys
+from app.booking import Booking
+from app.columns import Chunk, read_chunk, screen
+from app.config import Settings
+from app.embedded import Stores
+from app.outbox import Outbox
+from app.redis_client import StateStore
+from app.services.trading import TradeOrder, TransferOrder
+from watchdog.breaches import BreachBook, Settled
+
+BTC: Final = "BTC-PERP"
+CROWD: Final = [f"account-{number}" for number in range(7)]
+
+
+@pytest.fixture
+async def booking(stores: Stores, settings: Settings) -> AsyncIterator[Booking]:
+    """Seven accounts long 0.9 BTC from 50,000 with 10,000 each, all of them candidates at 43,000: 3,700 below 3,870."""
+    store, engine = StateStore(stores.redis_url, settings), database.create_engine(stores.database_url)
+    outbox = Outbox(store, engine, settings)
+    await outbox.start()
+    made = Booking(store, outbox, settings)
+    await made.marks.set_mark(BTC, Decimal(50_000), confirm=True)
+    for name in CROWD:
+        await made.book_transfer(TransferOrder(name, "deposit", Decimal(10_000)), client_transfer_id=None)
+        order = TradeOrder(name, BTC, "buy", Decimal("0.9"), Decimal(50_000))
+        await made.book_trade(order, client_trade_id=None)
+    await made.marks.set_mark(BTC, Decimal(43_000), confirm=True)
+    yield made
+    await outbox.stop()
+    await store.close()
+    await engine.dispose()
+
+
+async def read(booking: Booking) -> Chunk:
+    return await read_chunk(booking.store.client, 0, 100, booking.contracts)
+
+
+async def settle(booking: Booking, chunk: Chunk) -> Settled:
+    """Judge ``chunk`` as it was read, whatever has happened since."""
+    settled = Settled()
+    screened = screen(chunk, booking.contracts, restore_at="initial")
+    async for part in BreachBook(booking).settle(chunk, screened, {}):
+        settled.add(part)
+    await booking.outbox.record([*settled.opened, *settled.ended])
+    return settled
+
+
+def names(entries: object) -> list[str]:
+    return [entry.account_id for entry in entries]  # type: ignore[attr-defined]
+
+
+async def test_of_many_verdicts_those_that_are_refused_keep_no_other_from_being_recorded(
+    booking: Booking, postgres: asyncpg.Connection
+) -> None:
+    chunk = await read(booking)
+    # Since the read: one restored by a deposit, one with less cash and still a candidate, one unreadable.
+    await booking.book_transfer(TransferOrder(CROWD[1], "deposit", Decimal(9_000)), client_transfer_id=None)
+    await booking.book_transfer(TransferOrder(CROWD[3], "deposit", Decimal(1)), client_transfer_id=None)
+    await booking.store.client.delete(keys.positions_key(CROWD[5]))
+    await booking.store.client.set(keys.positions_key(CROWD[5]), "no hash")
+
+    settled = await settle(booking, chunk)
+
+    others = [name for name in CROWD if name not in {CROWD[1], CROWD[5]}]
+    assert sorted(names(settled.opened)) == others
+    assert list(settled.quarantined) == [CROWD[5]]
+    assert (settled.candidates, settled.breaches_more, settled.overdue) == (5, 5, 0)
+    rows = await postgres.fetch("SELECT account_id, balance FROM liquidations ORDER BY account_id")
+    assert [row["account_id"] for row in rows] == others
+    # The one that had moved was judged again on what it is now.
+    assert {row["account_id"]: row["balance"] for row in rows}[CROWD[3]] == 10_001
+    assert await booking.store.client.get(keys.LIQUIDATIONS) == b"5"
+
+
+async def test_the_same_verdicts_a_second_time_make_no_row(booking: Booking, postgres: asyncpg.Connection) -> None:
+    chunk = await read(booking)
+    first, second = await settle(booking, chunk), await settle(booking, chunk)
+    assert (len(first.opened), len(second.opened)) == (7, 0)
+    assert second.candidates == 7
+    assert await postgres.fetchval("SELECT count(*) FROM liquidations") == 7
+    ids = [row["id"] for row in await postgres.fetch("SELECT id FROM liquidations ORDER BY id")]
+    assert ids == list(range(ids[0], ids[0] + 7))
+    assert int(await booking.store.client.get(keys.HISTORY_LAST_ID) or 0) == ids[-1]
+
+
+async def test_breaches_and_recoveries_go_together_in_one_call(booking: Booking, postgres: asyncpg.Connection) -> None:
+    await settle(booking, await read(booking))
+    # At 45,000 an account of 9,000 more is restored: 14,500 against 8,100; a new one is no candidate there.
+    await booking.store.client.set(keys.balance_key(CROWD[0]), "19000")
+    await booking.read(CROWD[0])
+    await booking.adopt(await booking.read(CROWD[0]))
+    order = TransferOrder("late", "deposit", Decimal(10_000))
+    await booking.book_transfer(order, client_transfer_id=None)
+    await booking.marks.set_mark(BTC, Decimal(50_000), confirm=True)
+    await booking.book_trade(TradeOrder("late", BTC, "buy", Decimal("0.9"), Decimal(50_000)), client_trade_id=None)
+    await booking.marks.set_mark(BTC, Decimal(43_000), confirm=True)
+
+    settled = await settle(booking, await read(booking))
+
+    assert names(settled.opened) == ["late"]
+    assert names(settled.ended) == [CROWD[0]]
+    assert await postgres.fetchval("SELECT count(*) FROM recoveries") == 1
+    assert await booking.store.client.get(keys.RECOVERIES) == b"1"
+
+
+async def test_an_account_that_the_list_names_twice_has_one_breach(
+    booking: Booking, postgres: asyncpg.Connection
+) -> None:
+    chunk = await read(booking)
+    twice = replace(
+        chunk.rows(slice(0, 2)),
+        first_slot=0,
+        balance=chunk.balance[[0, 0]],
+        quantity={BTC: chunk.quantity[BTC][[0, 0]]},
+        cost={BTC: chunk.cost[BTC][[0, 0]]},
+    )
+    await booking.store.client.lset(keys.ACCOUNTS, 1, CROWD[0])
+    await settle(booking, twice)
+    assert await postgres.fetchval("SELECT count(*) FROM liquidations WHERE account_id = $1", CROWD[0]) == 1
