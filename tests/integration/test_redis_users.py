@@ -7,10 +7,12 @@ it has to stay empty until a test asks for what is forbidden.
 from __future__ import annotations
 
 import asyncio
+import random
 import shutil
 import signal
+import socket
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +25,7 @@ from app import reconcile
 from app.embedded import Servers, Stores
 from app.server_process import ServerProcess
 from tests.conftest import execute, in_database_of
-from tests.harness import System, free_port, tail
+from tests.harness import System, tail
 from tests.integration.desk import Desk, bearer, command, eventually, new_key
 
 USERS: Final = Path(__file__).parents[2] / "deploy" / "redis" / "users.acl"
@@ -51,11 +53,20 @@ FORBIDDEN: Final = {
 }
 
 
+def lasting_port() -> int:
+    """A free port that no client is ever given: one that tries to reconnect to such a port can connect to itself."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
+
+
 class GuardedRedis:
     """A Redis on a loopback port that knows the users of the file."""
 
     def __init__(self, binary: Path, directory: Path) -> None:
-        self.binary, self.directory, self.port = binary, directory, free_port()
+        self.binary, self.directory, self.port = binary, directory, lasting_port()
         self.data = directory / "data"
         self.data.mkdir()
         shutil.copy(USERS, directory / "users.acl")
