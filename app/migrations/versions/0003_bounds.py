@@ -23,10 +23,10 @@ BOUNDS = {
 def upgrade() -> None:
     for table, columns in BOUNDS.items():
         for column, bound in columns.items():
-            op.create_check_constraint(f"ck_{table}_{column}_bound", table, f"{column} {bound}")
+            op.create_check_constraint(op.f(f"ck_{table}_{column}_bound"), table, f"{column} {bound}")
 
 
 def downgrade() -> None:
     for table, columns in BOUNDS.items():
         for column in columns:
-            op.drop_constraint(f"ck_{table}_{column}_bound", table)
+            op.drop_constraint(op.f(f"ck_{table}_{column}_bound"), table)
