@@ -30,7 +30,7 @@ run: environment  ## start everything on this machine: Redis, Postgres, API, wat
 	@$(BIN)/plimsoll up --demo
 
 test: environment  ## run the tests (starts its own Redis and Postgres)
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 3 --dist loadfile
 
 check: environment  ## lint, types, import rules, dependencies, lock file, known vulnerabilities
 	$(BIN)/ruff check .

@@ -99,7 +99,7 @@ class GuardedRedis:
         assert self.process.stop([(signal.SIGKILL, 10)])
 
 
-@pytest.fixture(params=["embedded", "Debian's"])
+@pytest.fixture(params=["embedded", pytest.param("Debian's", marks=pytest.mark.e2e)])
 def guarded(request: pytest.FixtureRequest, servers: Servers, data_dir: Path) -> Iterator[GuardedRedis]:
     """Two releases of Redis: they read access rules by different code."""
     binary = servers.redis.binary if request.param == "embedded" else DEBIAN
