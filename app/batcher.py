@@ -48,6 +48,8 @@ class Batcher:
         self._to_replicate: set[asyncio.Future[Any]] = set()
         self._scheduled = False
         self._pipelines: set[asyncio.Task[None]] = set()
+        self.last_seconds = 0.0
+        """How long the newest pipeline took, or was waited for."""
 
     def execute(self, *command: str | bytes | float, replicated: bool = False) -> asyncio.Future[Any]:
         """The answer to ``command``, as redis-py parses it, with bytes left as bytes.
@@ -88,6 +90,14 @@ class Batcher:
         self._flush()
 
     async def _send(self, batch: list[tuple[Command, asyncio.Future[Any]]]) -> None:
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        try:
+            await self._send_timed(batch)
+        finally:
+            self.last_seconds = loop.time() - started
+
+    async def _send_timed(self, batch: list[tuple[Command, asyncio.Future[Any]]]) -> None:
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]

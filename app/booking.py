@@ -37,6 +37,9 @@ from app.services.trading import FLAT, Account, Market, Position, TradeOrder, Tr
 ATTEMPTS_MAX: Final = 200
 """Of n simultaneous commits of one account one wins a round, so this is how many may meet; each round is two calls."""
 
+GUESS_SECONDS_MAX: Final = 0.1
+"""Where a call to Redis takes longer, a guess that turns out wrong would cost a request more than its time allows."""
+
 log = structlog.get_logger(__name__)
 
 Outcome = Literal["booked", "replayed"]
@@ -256,7 +259,7 @@ class Booking:
 
         What is known is a guess: nothing is refused on it, and the commit compares all that it rests on.
         """
-        guess = self.recent.take(account_id)
+        guess = self.recent.take(account_id) if self.store.batcher.last_seconds < GUESS_SECONDS_MAX else None
         for _ in range(ATTEMPTS_MAX):
             basis, guess = guess, None
             if basis is None:

@@ -50,7 +50,13 @@ async def test_a_row_that_was_committed_and_not_deleted_is_recorded_once(
 
 
 async def _start_victim(running: Cell, random: Random) -> None:
-    await running.start("api", failpoints=f"outbox.after_postgres_commit=kill@{random.randint(1, 12)}")
+    victim = running.start_worker("api", failpoints=f"outbox.after_postgres_commit=kill@{random.randint(1, 12)}")
+
+    async def ready_or_dead() -> bool:
+        """One that drains what another left over may die of it before it is ready."""
+        return not running.is_running(victim) or await running._is_ready(victim)
+
+    await until(ready_or_dead, "a victim neither starts nor dies", running.logs)
 
 
 async def _next_death(running: Cell) -> Worker:
