@@ -46,7 +46,7 @@ sbom: environment  ## write the list of what is shipped to sbom.cdx.json (Cyclon
 	$(BIN)/python -m tests.supply_chain sbom
 
 e2e: environment  ## run the long tests: whole replays through real processes
-	$(BIN)/pytest -m e2e
+	$(BIN)/pytest -m e2e --numprocesses 2 --dist loadfile
 
 # Three processes, for most rows wait more than they work; the simulation goes first because it takes longest.
 FAULTS := tests/faults/test_simulation_at_length.py tests/faults --numprocesses 3 --dist load --maxschedchunk 1

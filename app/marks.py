@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any, Final, NamedTuple
@@ -78,12 +79,19 @@ class MarkBook:
             log.info("adopted a mark set by hand", symbol=symbol, price=format_decimal(price))
 
     async def _read(self, symbol: str) -> _StoredMark:
-        async with self._store.client.pipeline(transaction=True) as pipeline:
-            # MGET answers nothing for a key of another type, and a mark of another type is no mark.
-            pipeline.mget([keys.mark_price_key(symbol)])
-            pipeline.hmget(keys.mark_key(symbol), "price", "version", "timestamp")
-            pipeline.get(keys.open_positions_key(symbol))
-            (text,), (accepted, version, timestamp), accounts_open = await pipeline.execute()
+        try:
+            # The commit that follows takes as long at most: together they keep to a request's time.
+            async with (
+                asyncio.timeout(self._store.call_seconds),
+                self._store.client.pipeline(transaction=True) as pipeline,
+            ):
+                # MGET answers nothing for a key of another type, and a mark of another type is no mark.
+                pipeline.mget([keys.mark_price_key(symbol)])
+                pipeline.hmget(keys.mark_key(symbol), "price", "version", "timestamp")
+                pipeline.get(keys.open_positions_key(symbol))
+                (text,), (accepted, version, timestamp), accounts_open = await pipeline.execute()
+        except TimeoutError as error:
+            raise errors.StoreUnavailable("Redis did not answer in time", reason="redis") from error
         # A count that cannot be read guards as if somebody held the symbol.
         known = accounts_open is None or accounts_open.isdigit()
         return _StoredMark(

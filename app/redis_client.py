@@ -187,15 +187,15 @@ class StateStore:
         )
         # A request makes two calls, a read and a commit, and is answered within the one time. A new connection to a
         # Redis that stands still waits as well: for the answer to its greeting.
-        call_seconds = settings.redis_timeout_seconds / 2
+        self.call_seconds = settings.redis_timeout_seconds / 2
         self._pool = connection_pool(
             redis_url,
             max_connections=4,
-            timeout_seconds=call_seconds,
+            timeout_seconds=self.call_seconds,
             # The batcher bounds a pipeline as a whole.
-            **{**options, "socket_timeout": None, "socket_connect_timeout": call_seconds},
+            **{**options, "socket_timeout": None, "socket_connect_timeout": self.call_seconds},
         )
-        self.batcher = Batcher(self._pool, timeout_seconds=call_seconds, replicas=self._replicas)
+        self.batcher = Batcher(self._pool, timeout_seconds=self.call_seconds, replicas=self._replicas)
 
     async def close(self) -> None:
         """Wait for the calls under way, and close every connection."""

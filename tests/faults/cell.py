@@ -15,6 +15,7 @@ from typing import Final
 
 import asyncpg
 import httpx
+import orjson
 import redis.asyncio
 from redis.exceptions import RedisError
 
@@ -178,6 +179,15 @@ class Cell:
                 return False
 
         return await until(is_empty, "the outbox is not empty", self.logs)
+
+    def slowest_request_seconds(self) -> float:
+        """The longest that an API process took over a request; each that failed or was slow is in its log.
+
+        As the server has it: a client that shares two cores with other rows may wait for itself.
+        """
+        lines = [line for log in self.directory.glob("api-*.log") for line in log.read_bytes().splitlines()]
+        requests = [orjson.loads(line) for line in lines if b'"milliseconds"' in line]
+        return max((request["milliseconds"] / 1000 for request in requests), default=0.0)
 
     def logs(self) -> str:
         """The ends of the logs."""
