@@ -20,6 +20,9 @@ class Mutant:
 
 
 SIMULATION: Final = "tests/property/test_simulation.py"
+LOST_COLUMNS: Final = "tests/integration/test_lost_columns.py"
+"""Where no watchdog mends the column first."""
+
 MUTANTS: Final = (
     Mutant(
         "F1",
@@ -143,19 +146,21 @@ MUTANTS: Final = (
     ),
     Mutant(
         "F21",
-        "test_f21_lost",
+        "trade_writes_into_a_lost",
         "app/scripts/guard.lua",
         "if bytes < slots * 8 then return {'columns_short', key} end",
         "if false then return {'columns_short', key} end",
         "a row is written into a column that was lost: the others read as zeros",
+        LOST_COLUMNS,
     ),
     Mutant(
         "F21",
-        "test_f21_lost",
+        "edit_by_hand_beside",
         "app/booking.py",
         "before = snapshot.known_account()",
         "before = snapshot.packed_account()",
         "an edit by hand starts from what a damaged column says",
+        LOST_COLUMNS,
     ),
     Mutant(
         "sim",
