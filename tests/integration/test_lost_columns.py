@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import asyncpg
 import orjson
 import pytest
@@ -39,7 +41,7 @@ async def test_a_trade_writes_into_a_lost_column_only_when_it_is_whole_again(
     await redis_client.delete(keys.quantity_column(BTC_PERP))
     await buy(running, "alice", "0.1")
     async with redis.asyncio.Redis.from_url(running.stores.redis_url) as raw:
-        packed = await raw.getrange(keys.quantity_column(BTC_PERP), 8 * BOB_SLOT, 8 * BOB_SLOT + 7)
+        packed: Any = await raw.getrange(keys.quantity_column(BTC_PERP), 8 * BOB_SLOT, 8 * BOB_SLOT + 7)
     assert unpack(packed) == BOB_QUANTITY_UNITS
     assert await postgres.fetchval("SELECT count(*) FROM adjustments") == 0
 
