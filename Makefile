@@ -54,8 +54,8 @@ FAULTS := tests/faults/test_simulation_at_length.py tests/faults --numprocesses 
 faults: environment  ## kill, stall and damage everything, and write the table into docs/reliability.md
 	PLIMSOLL_FAULTS_TABLE=docs/reliability.md $(BIN)/pytest -m faults $(FAULTS)
 
-faults-short: environment  ## a few rounds of each fault
-	PLIMSOLL_FAULTS_ROUNDS=short $(BIN)/pytest -m faults $(FAULTS)
+faults-short: environment  ## a few rounds of each fault, or of those that ROWS names
+	PLIMSOLL_FAULTS_ROUNDS=short $(BIN)/pytest -m faults $(FAULTS) $(if $(ROWS),-k "$(ROWS)")
 
 bench: environment  ## measure everything beside something else, and write docs/benchmarks.md (wrk is needed)
 	$(BIN)/python -m tests.bench --document docs/benchmarks.md
