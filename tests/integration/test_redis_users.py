@@ -11,6 +11,7 @@ import random
 import shutil
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
@@ -87,7 +88,14 @@ class GuardedRedis:
         self.process = ServerProcess.spawn(command_line, log=self.directory / "log", directory=self.directory)
         with closing(redis.Redis.from_url(self.url("health"))) as client:
             while True:
-                assert self.process.is_running(), (self.directory / "log").read_text()
+                if not self.process.is_running():
+                    # While it was down, a connection of another test may have been given its port for a moment.
+                    said = (self.directory / "log").read_text()
+                    assert said.rstrip().endswith("aborting."), said
+                    time.sleep(0.2)
+                    self.process = ServerProcess.spawn(
+                        command_line, log=self.directory / "log", directory=self.directory
+                    )
                 try:
                     client.ping()
                     return
