@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, Final
 
 import hiredis
 from redis.asyncio import ConnectionPool
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ResponseError
+from redis.exceptions import NoScriptError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 COMMANDS_PER_PIPELINE_MAX: Final = 256
@@ -70,6 +71,24 @@ class Batcher:
             self._scheduled = True
             loop.call_soon(self._flush)
         return answer
+
+    async def evaluate(
+        self,
+        sha: str,
+        text: str | bytes,
+        keys: Sequence[str],
+        arguments: Sequence[str | bytes | float],
+        *,
+        replicated: bool = False,
+    ) -> Any:  # noqa: ANN401  # whatever the script answers
+        """The answer of the script ``text``, which Redis knows as ``sha`` once it was loaded. Raises as ``execute``."""
+        call = ("EVALSHA", sha, len(keys), *keys, *arguments)
+        try:
+            return await self.execute(*call, replicated=replicated)
+        except NoScriptError:
+            # Redis answers this before it runs anything, so sending the call again cannot apply it twice.
+            await self.execute("SCRIPT", "LOAD", text)
+            return await self.execute(*call, replicated=replicated)
 
     async def close(self) -> None:
         """Wait for the pipelines in flight."""

@@ -177,7 +177,7 @@ class Booking:
 
     def market(self, snapshot: Snapshot) -> Market:
         """What a decision on ``snapshot`` is made against."""
-        market = Market(
+        return Market(
             contracts=self.contracts,
             marks=snapshot.marks(self.contracts),
             mark_version=snapshot.mark_version,
@@ -185,10 +185,6 @@ class Booking:
             mark_max_age_seconds=self.settings.mark_max_age_seconds,
             halted=snapshot.halted,
         )
-        # How old a mark is only a read can tell.
-        if self.settings.mark_max_age_seconds is None:
-            self.recent.keep_market(market, {symbol: texts[0] for symbol, texts in snapshot.mark_texts.items()})
-        return market
 
     def basis(self, snapshot: Snapshot, account: Account) -> Basis:
         """What a decision on ``account``, as ``snapshot`` has it, is made on."""
@@ -310,19 +306,24 @@ class Booking:
         if by_hand:
             return None
         if creates and not snapshot.exists and not snapshot.balance_lost:
-            return self.basis(snapshot, Account(snapshot.account_id, balance=trading.ZERO))
-        account = self.parse(snapshot)
-        try:
-            if not snapshot.agrees(account):
-                await self.adopt(snapshot)
+            account = Account(snapshot.account_id, balance=trading.ZERO)
+        else:
+            account = self.parse(snapshot)
+            try:
+                if not snapshot.agrees(account):
+                    await self.adopt(snapshot)
+                    return None
+            except errors.ColumnsShort:
+                await self._rebuild_columns()
                 return None
-        except errors.ColumnsShort:
-            await self._rebuild_columns()
-            return None
-        return self.basis(snapshot, account)
+        basis = self.basis(snapshot, account)
+        # How old a mark is only a read can tell.
+        if self.settings.mark_max_age_seconds is None:
+            self.recent.keep_market(basis.market, {symbol: texts[0] for symbol, texts in snapshot.mark_texts.items()})
+        return basis
 
     async def _rebuild_columns(self) -> None:
-        await self.column_repair.rebuild(patience_seconds=self.settings.redis_timeout_seconds / 2)
+        await self.column_repair.rebuild(patience_seconds=self.store.call_seconds)
 
     async def _require_booked(self, operation: str, history_id: int) -> None:
         """Before a row that Postgres has not taken is acknowledged: Redis must still know it, and its replicas too.

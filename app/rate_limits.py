@@ -17,7 +17,7 @@ from limits.aio.storage.redis.bridge import RedisBridge
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import RedisError
 
 from app import errors
 from app.batcher import Batcher
@@ -62,11 +62,8 @@ class BatchedStorage(RedisStorage):
         """Count ``amount``, unless it would be more than ``limit`` in ``expiry`` seconds. Raises redis-py's errors."""
         windows = (self._previous_window_key(key), self._current_window_key(key))
         counters = [self.bridge.prefixed_key(name) for name in windows]
-        try:
-            return bool(await self._batcher.execute("EVALSHA", self._sha, 2, *counters, limit, expiry, amount))
-        except NoScriptError:
-            await self._batcher.execute("SCRIPT", "LOAD", RedisBridge.SCRIPT_ACQUIRE_SLIDING_WINDOW)
-            return bool(await self._batcher.execute("EVALSHA", self._sha, 2, *counters, limit, expiry, amount))
+        script = RedisBridge.SCRIPT_ACQUIRE_SLIDING_WINDOW
+        return bool(await self._batcher.evaluate(self._sha, script, counters, (limit, expiry, amount)))
 
     async def close(self) -> None:
         """Wait for the calls under way, and close the connections."""

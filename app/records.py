@@ -59,7 +59,7 @@ class Snapshot:
     packed_positions: Mapping[str, tuple[bytes, bytes]]
     mark_texts: Mapping[str, tuple[bytes, bytes, bytes]]
     ledger_balance: bytes = b""
-    ledger_positions: Mapping[str, bytes] = field(default_factory=dict)
+    ledger_positions: Mapping[str, tuple[bytes, bytes]] = field(default_factory=dict)
 
     @property
     def seq(self) -> int:
@@ -109,19 +109,20 @@ class Snapshot:
         """
         if not self.ledger_balance:
             return self.packed_account()
-        positions = {}
-        for symbol, packed in self.ledger_positions.items():
-            if packed and (held := _position(packed[: UNIT.size], packed[UNIT.size :])) != FLAT:
-                positions[symbol] = held
-        return Account(self.account_id, balance=from_units(unpack(self.ledger_balance)), positions=positions)
+        return self._account(self.ledger_balance, self.ledger_positions)
 
     def packed_account(self) -> Account:
         """The account as its packed row has it; all zeros where it has no slot yet."""
-        positions = {}
-        for symbol, (quantity, cost) in self.packed_positions.items():
-            if (held := _position(quantity, cost)) != FLAT:
-                positions[symbol] = held
-        return Account(self.account_id, balance=from_units(unpack(self.packed_balance)), positions=positions)
+        return self._account(self.packed_balance, self.packed_positions)
+
+    def _account(self, balance: bytes, positions: Mapping[str, tuple[bytes, bytes]]) -> Account:
+        """The account whose packed values these are; by symbol, a quantity and a cost."""
+        held = {symbol: _position(quantity, cost) for symbol, (quantity, cost) in positions.items()}
+        return Account(
+            self.account_id,
+            balance=from_units(unpack(balance)),
+            positions={symbol: position for symbol, position in held.items() if position != FLAT},
+        )
 
     def packed_agrees(self) -> bool:
         """Whether the packed row is what the ledger says."""
@@ -178,7 +179,10 @@ def snapshot_from(account_id: str, symbols: Sequence[str], answer: Sequence[Any]
         packed_positions={symbol: (item[3], item[4]) for symbol, item in zip(symbols, marks, strict=True)},
         mark_texts={symbol: tuple(item[:3]) for symbol, item in zip(symbols, marks, strict=True)},
         ledger_balance=ledger_balance,
-        ledger_positions=dict(zip(symbols, ledger_positions, strict=True)),
+        ledger_positions={
+            symbol: (row[: UNIT.size], row[UNIT.size :])
+            for symbol, row in zip(symbols, ledger_positions, strict=True)
+        },
     )
 
 

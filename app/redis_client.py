@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from app import errors
@@ -209,14 +209,8 @@ class StateStore:
         Raises the ``Unavailable`` that a refusal of the guard means, ``AccountQuarantined`` for a key of the wrong
         type, ``StoreUnavailable`` when nothing was sent, and ``OutcomeUnknown`` when it was sent and no answer came.
         """
-        call = ("EVALSHA", script.sha, len(keys), *keys, *arguments)
         try:
-            try:
-                answer = await self.batcher.execute(*call, replicated=script.writes)
-            except NoScriptError:
-                # Redis answers this before it runs anything, so sending the call again cannot apply it twice.
-                await self.batcher.execute("SCRIPT", "LOAD", script.text)
-                answer = await self.batcher.execute(*call, replicated=script.writes)
+            answer = await self.batcher.evaluate(script.sha, script.text, keys, arguments, replicated=script.writes)
         except NotSentError as error:
             raise errors.StoreUnavailable("Redis cannot be reached", reason="redis") from error
         except NotReplicatedError as error:

@@ -16,15 +16,16 @@ local known = redis.call('GET', KEYS[3]) or ''
 if known ~= '' and not is_operation(known) then return {'wrong_type', KEYS[3]} end
 local version = redis.call('GET', KEYS[7]) or '0'
 if not integer_of(version) then return {'wrong_type', KEYS[7]} end
-local ledger = redis.call('HMGET', KEYS[6], 'slot', 'seq', 'breach', 'breach_version', 'breach_at')
+local ledger = redis.call('HMGET', KEYS[6], 'slot', 'seq', 'breach', 'breach_version', 'breach_at', 'balance',
+  unpack(ARGV, 2))
 local slot = integer_of(ledger[1])
 local function packed(key)
   if not slot then return '' end
   return redis.call('GETRANGE', key, slot * 8, slot * 8 + 7)
 end
 
-local known_row = redis.call('HMGET', KEYS[6], 'balance', unpack(ARGV, 2))
-for i = 1, #ARGV do known_row[i] = known_row[i] or '' end
+local known_row = {}
+for i = 1, #ARGV do known_row[i] = ledger[5 + i] or '' end
 
 local symbols = {}
 for i = 11, #KEYS, 4 do
