@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from app.config import Settings
     from app.embedded import Stores
 
-GRACEFUL_SHUTDOWN_SECONDS = 10
+GRACEFUL_SHUTDOWN_SECONDS = 8
 SCOPES_HELP = "read, trade, mark or operate; more than once for more."
 ACCOUNTS_HELP = "An account, a prefix such as 'desk-*', or '*'; more than once for more. (Default: every account.)"
 

@@ -8,7 +8,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, SecretStr, field_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SecretStr,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from app.contracts import BTC_PERP, Contract
@@ -48,6 +57,7 @@ class Settings(BaseSettings):
     api_host: str = "127.0.0.1"
     api_port: Annotated[int, Field(ge=0, le=65535)] = 8000
     api_workers: PositiveInt = 1
+    drain_seconds: NonNegativeFloat = 1.0
     watchdog_host: str = "127.0.0.1"
     watchdog_port: Annotated[int, Field(ge=0, le=65535)] = 8001
     auth: Literal["on", "off"] = "off"

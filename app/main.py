@@ -21,6 +21,7 @@ from app import api, background, database, errors, metrics, openapi
 from app.body_limit import BodyLimit
 from app.booking import Booking
 from app.config import get_settings
+from app.draining import Drain, DrainMiddleware
 from app.embedded import locate_stores
 from app.logging import configure_logging
 from app.outbox import POSTGRES_ERRORS, Outbox
@@ -47,7 +48,7 @@ log = structlog.get_logger(__name__)
 
 
 @asynccontextmanager
-async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
+async def lifespan(application: FastAPI) -> AsyncIterator[dict[str, Any]]:
     """Make the clients of this process; a store that is down makes it not ready, not dead."""
     configure_logging("info", process="api")
     settings = get_settings()
@@ -63,6 +64,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
     reconciling = asyncio.create_task(keep_reconciled(store, engine, settings), name="reconcile")
     try:
         # The writer's pool: whoever reads much of history must not keep a revocation from being read.
+        drain: Drain = application.state.drain
         async with open_gate(settings, writer, redis_url=stores.redis_url) as gate:
             services = Services(
                 settings=settings,
@@ -70,9 +72,11 @@ async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
                 booking=Booking(store, outbox, settings),
                 sessions=database.create_sessions(engine),
                 gate=gate,
+                drain=drain,
             )
             _spare_the_collector()
-            yield {"services": services}
+            with drain.upon_sigterm(settings.drain_seconds):
+                yield {"services": services}
     finally:
         await background.end([reconciling])
         await outbox.stop()
@@ -168,9 +172,9 @@ def create_app() -> FastAPI:
         # A redirect would send back the whole address that was asked for, and to the host that the client named.
         redirect_slashes=False,
         openapi_tags=OPENAPI_TAGS,
-        generate_unique_id_function=lambda route: route.name,
+        routes=api.ROUTES,
     )
-    application.include_router(api.router)
+    application.state.drain = Drain()
     application.add_middleware(BodyLimit)
     application.add_middleware(RequestMeter)
     application.add_middleware(
@@ -182,6 +186,7 @@ def create_app() -> FastAPI:
         transformer=None,
         update_request_header=False,
     )
+    application.add_middleware(DrainMiddleware, drain=application.state.drain)
     application.add_exception_handler(errors.PlimsollError, on_plimsoll_error)
     application.add_exception_handler(RequestValidationError, on_invalid_request)
     application.add_exception_handler(HTTPException, on_http_error)

@@ -105,6 +105,7 @@ class GuardedRoute(ExactJSONRoute):
                 reads=methods == ["GET"],
             )
             options["responses"] = {**_REFUSALS, **(options.get("responses") or {})}
+        options["operation_id"] = options.get("operation_id") or endpoint.__name__
         super().__init__(path, endpoint, **options)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -114,7 +115,7 @@ class GuardedRoute(ExactJSONRoute):
             return handle
 
         async def handle_if_admitted(request: Request) -> Response:
-            gate: Gate | None = request.state.services.gate
+            gate: Gate | None = request.scope["state"]["services"].gate
             if gate is not None:
                 request.scope[_CALLER] = await gate.admit(request, access)
             return await handle(request)

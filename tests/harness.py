@@ -103,12 +103,15 @@ class Process:
         """SIGTERM, and wait; its exit code. Fails if it stays."""
         if self.returncode is None:
             self._popen.terminate()
-            try:
-                self._popen.wait(STOP_TIMEOUT_SECONDS)
-            except subprocess.TimeoutExpired:
-                self.kill()
-                raise AssertionError(f"{self.name} did not stop on SIGTERM\n{tail(self.log)}") from None
-        return self._popen.wait()
+        return self.wait()
+
+    def wait(self) -> int:
+        """Wait for it to stop by itself; its exit code. Fails if it stays."""
+        try:
+            return self._popen.wait(STOP_TIMEOUT_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"{self.name} did not stop on SIGTERM\n{tail(self.log)}") from None
 
     def kill(self) -> None:
         """SIGKILL to the process and its workers, as a power cut would."""
@@ -147,6 +150,7 @@ class System:
             "REDIS_URL": self.stores.redis_url,
             "DATABASE_URL": self.stores.database_url,
             "DATA_DIR": str(self.directory),
+            "DRAIN_SECONDS": "0",  # no test but that of draining waits for it
             **self.overrides,
             **more,
         }

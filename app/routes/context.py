@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from app import schemas
 from app.booking import Booking
 from app.config import Settings
+from app.draining import Drain
 from app.redis_client import StateStore
 from app.security import Gate
 
@@ -39,14 +40,20 @@ class Services:
     booking: Booking
     sessions: async_sessionmaker[AsyncSession]
     gate: Gate | None
+    drain: Drain
 
 
-async def services(request: Request) -> Services:
+def services(request: Request) -> Services:
     """The services of this process, from the lifespan."""
-    return cast(Services, request.state.services)
+    return cast(Services, request.scope["state"]["services"])
 
 
-ServicesDependency = Annotated[Services, Depends(services)]
+async def _services(request: Request) -> Services:
+    return services(request)
+
+
+ServicesDependency = Annotated[Services, Depends(_services)]
+"""``services`` for a route that may take its time: a dependency costs FastAPI as much as reading a small body."""
 AccountPath = Annotated[str, Path(pattern=schemas.IDENTIFIER_PATTERN, examples=["alice"])]
 
 

@@ -31,7 +31,7 @@ async def get_live() -> Response:
 )
 async def get_ready(to: ServicesDependency) -> Response:
     """Whether trades can be booked, with the mark version and the version swept."""
-    missing: list[str] = []
+    missing = ["draining"] if to.drain.begun else []
     mark_version = swept_version = None
     try:
         mark_version, swept_version = await to.store.require_state()

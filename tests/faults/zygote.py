@@ -130,12 +130,12 @@ def _become(kind: str, port: int) -> None:
         host="127.0.0.1",
         port=port,
         loop="uvloop",
-        http="httptools",
+        http="app.http_protocol:BoundedHttpProtocol",
         log_config=None,
         log_level="warning",
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=10,
+        timeout_graceful_shutdown=8,
     )
 
 

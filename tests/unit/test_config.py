@@ -25,6 +25,7 @@ VARIABLES: dict[str, tuple[str, object]] = {
     "PLIMSOLL_API_HOST": ("0.0.0.0", "0.0.0.0"),
     "PLIMSOLL_API_PORT": ("9000", 9000),
     "PLIMSOLL_API_WORKERS": ("4", 4),
+    "PLIMSOLL_DRAIN_SECONDS": ("0", 0.0),
     "PLIMSOLL_WATCHDOG_HOST": ("0.0.0.0", "0.0.0.0"),
     "PLIMSOLL_WATCHDOG_PORT": ("0", 0),
     "PLIMSOLL_AUTH": ("on", "on"),
