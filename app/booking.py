@@ -79,6 +79,8 @@ class Booking:
         self.column_repair = ColumnRepair(store, self.contracts)
         self.recent = Recent()
         self._symbols = list(self.contracts)
+        self._keys_of_symbols = [key for symbol in self._symbols for key in _symbol_keys(symbol)]
+        self._ledger_positions = [keys.ledger_position(symbol) for symbol in self._symbols]
         self._columns = {
             symbol: (keys.quantity_column(symbol), keys.cost_column(symbol), keys.open_positions_key(symbol))
             for symbol in self.contracts
@@ -156,9 +158,9 @@ class Booking:
                 keys.STATE_HALTED,
                 keys.COLUMN_BALANCE,
                 keys.COLUMN_BREACH,
-                *(key for symbol in self._symbols for key in _symbol_keys(symbol)),
+                *self._keys_of_symbols,
             ],
-            [self.store.signature, *(keys.ledger_position(symbol) for symbol in self._symbols)],
+            [self.store.signature, *self._ledger_positions],
         )
         return snapshot_from(account_id, self._symbols, answer)
 
@@ -419,6 +421,7 @@ class Booking:
                 keys.RECOVERIES,
                 keys.MARK_VERSION,
                 keys.STATE_HALTED,
+                keys.CHANGED,
                 *(key for symbol in touched for key in self._columns[symbol]),
                 *(keys.mark_price_key(symbol) for symbol in marks),
             ],

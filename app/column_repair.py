@@ -65,6 +65,7 @@ class ColumnRepair:
                 keys.STATE_RUN_ID,
                 keys.ACCOUNTS,
                 keys.ledger_key(account_id),
+                keys.CHANGED,
                 *self._names,
             ],
             [self._store.signature, account_id, *self._fields],
@@ -88,7 +89,7 @@ class ColumnRepair:
                 opened.append(int(np.count_nonzero(np.frombuffer(columns[name], dtype="<i8"))) if counter else "")
             answer = await self._store.run(
                 keys.COLUMNS,
-                [keys.STATE_EPOCH, keys.STATE_RUN_ID, keys.ACCOUNTS, *touched],
+                [keys.STATE_EPOCH, keys.STATE_RUN_ID, keys.ACCOUNTS, keys.CHANGED, *touched],
                 [self._store.signature, accounts, *opened],
             )
             if answer[0] == "ok":

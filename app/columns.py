@@ -139,17 +139,17 @@ class Sums:
     quantity_short: dict[str, int] = field(default_factory=dict)
     cost: dict[str, int] = field(default_factory=dict)
 
-    def add(self, chunk: Chunk) -> None:
-        """Add every row of ``chunk``."""
-        self.balance += _exact_sum(chunk.balance)
+    def add(self, chunk: Chunk, *, times: int = 1) -> None:
+        """Add every row of ``chunk``, or with ``times=-1`` take it away again."""
+        self.balance += times * exact_sum(chunk.balance)
         for symbol, quantity in chunk.quantity.items():
-            both, long = _exact_sum(quantity), _exact_sum(np.maximum(quantity, 0))
+            both, long = exact_sum(quantity), exact_sum(np.maximum(quantity, 0))
             for sums, units in (
                 (self.quantity_long, long),
                 (self.quantity_short, both - long),
-                (self.cost, _exact_sum(chunk.cost[symbol])),
+                (self.cost, exact_sum(chunk.cost[symbol])),
             ):
-                sums[symbol] = sums.get(symbol, 0) + units
+                sums[symbol] = sums.get(symbol, 0) + times * units
 
     @exact
     def value(self, prices: Mapping[str, Decimal], contracts: Mapping[str, Contract]) -> Totals:
@@ -195,38 +195,65 @@ class Totals:
     short_notional: Decimal
 
 
-def screen(chunk: Chunk, contracts: Mapping[str, Contract], *, restore_at: str) -> ScreenedChunk:
-    """Flag the rows of ``chunk`` at its marks, with room for what float64 rounds away.
+@dataclass(frozen=True, slots=True)
+class FirstLook:
+    """What a look at a chunk without a room for each row finds: flags, and ``near`` for the rows that need a second."""
 
-    A first look, a block at a time that stays in the processor's cache, leaves one room for all rows of the block, and
-    so lets a few too many through. The second look, at those and at the rows in breach, leaves each row its own.
-    """
-    count = len(chunk)
-    screened = ScreenedChunk(chunk, contracts, *(np.zeros(count, dtype=np.bool_) for _ in range(6)))
-    np.not_equal(chunk.breach, 0, out=screened.in_breach)
+    is_open: Flags
+    in_breach: Flags
+    unvalued: Flags
+    near: Flags
+
+
+def look_first(chunk: Chunk, contracts: Mapping[str, Contract]) -> FirstLook:
+    """Look at a block at a time, which stays in the processor's cache, with one room for all rows of the block."""
+    is_open, unvalued = (np.zeros(len(chunk), dtype=np.bool_) for _ in range(2))
+    in_breach = chunk.breach != 0
     for symbol, quantity in chunk.quantity.items():
         open_here = quantity != 0
-        np.logical_or(screened.is_open, open_here, out=screened.is_open)
+        np.logical_or(is_open, open_here, out=is_open)
         if symbol not in chunk.marks.prices:
-            np.logical_or(screened.unvalued, open_here, out=screened.unvalued)
-    looked_at = screened.in_breach.copy()
-    for first in range(0, count, SCREEN_BLOCK_ROWS):
+            np.logical_or(unvalued, open_here, out=unvalued)
+    near = in_breach.copy()
+    for first in range(0, len(chunk), SCREEN_BLOCK_ROWS):
         block = slice(first, first + SCREEN_BLOCK_ROWS)
         valued, magnitude = value_rows(chunk.rows(block), contracts, one_magnitude=True)
-        looked_at[block] |= _may_be_candidate(valued, _room(magnitude, contracts))
-    (rows,) = np.nonzero(looked_at & ~screened.unvalued)
+        near[block] |= _may_be_candidate(valued, room_for(magnitude, contracts))
+    return FirstLook(is_open, in_breach, unvalued, near)
+
+
+def screen(
+    chunk: Chunk, contracts: Mapping[str, Contract], *, restore_at: str, first_look: FirstLook | None = None
+) -> ScreenedChunk:
+    """Flag the rows of ``chunk`` at its marks, with room for what float64 rounds away.
+
+    The first look lets a few too many through. The second, at those and at the rows in breach, leaves each row its own
+    room. Somebody who keeps the rows may have had the first look already (:mod:`app.headroom`).
+    """
+    looked = first_look or look_first(chunk, contracts)
+    may_be_candidate, surely_candidate, may_be_restored = (np.zeros(len(chunk), dtype=np.bool_) for _ in range(3))
+    rows = np.flatnonzero(looked.near & ~looked.unvalued)
     valued, magnitude = value_rows(chunk.rows(rows), contracts)
-    room, exposure = _room(magnitude, contracts), valued.exposure
-    screened.may_be_candidate[rows] = _may_be_candidate(valued, room)
-    screened.surely_candidate[rows] = margin.is_candidate(
+    room, exposure = room_for(magnitude, contracts), valued.exposure
+    may_be_candidate[rows] = _may_be_candidate(valued, room)
+    surely_candidate[rows] = margin.is_candidate(
         notional=exposure.notional, equity=valued.equity + room, maintenance_margin=exposure.maintenance_margin
     )
-    screened.may_be_restored[rows] = screened.in_breach[rows] & margin.is_restored(
+    may_be_restored[rows] = looked.in_breach[rows] & margin.is_restored(
         notional=exposure.notional,
         equity=valued.equity + room,
         restore_margin=exposure.used_margin if restore_at == "initial" else exposure.maintenance_margin,
     )
-    return screened
+    return ScreenedChunk(
+        chunk,
+        contracts,
+        is_open=looked.is_open,
+        in_breach=looked.in_breach,
+        unvalued=looked.unvalued,
+        surely_candidate=surely_candidate,
+        may_be_candidate=may_be_candidate,
+        may_be_restored=may_be_restored,
+    )
 
 
 def value_rows(
@@ -236,17 +263,17 @@ def value_rows(
 
     A symbol without a mark is left out.
     """
-    size: Callable[[Column], Any] = _largest if one_magnitude else np.abs
-    balance = _in_usdt(chunk.balance)
+    size: Callable[[Column], Any] = largest if one_magnitude else np.abs
+    balance = in_usdt(chunk.balance)
     magnitude, exposure = size(balance), None
     for symbol, price in chunk.marks.prices.items():
-        cost = _in_usdt(chunk.cost[symbol])
+        cost = in_usdt(chunk.cost[symbol])
         here: Exposure[Column] = margin.position_exposure(
-            quantity=_in_usdt(chunk.quantity[symbol]),
+            quantity=in_usdt(chunk.quantity[symbol]),
             cost=cost,
-            mark_price=_for_every_row(price),
-            initial_rate=_for_every_row(contracts[symbol].initial_rate),
-            maintenance_rate=_for_every_row(contracts[symbol].maintenance_rate),
+            mark_price=for_every_row(price),
+            initial_rate=for_every_row(contracts[symbol].initial_rate),
+            maintenance_rate=for_every_row(contracts[symbol].maintenance_rate),
         )
         exposure = here if exposure is None else exposure + here
         magnitude = magnitude + size(here.notional) + size(cost)
@@ -264,16 +291,17 @@ def _may_be_candidate(valued: AccountMargin[Column], room: Column) -> Flags:
     )
 
 
-def _room(magnitude: Column, contracts: Mapping[str, Contract]) -> Column:
+def room_for(magnitude: Column, contracts: Mapping[str, Contract]) -> Column:
+    """How far float64 may be off where so much was added up."""
     return magnitude * (ROUNDING_ERROR_RELATIVE * len(contracts))
 
 
-def _in_usdt(units: NDArray[np.int64]) -> Column:
+def in_usdt(units: NDArray[np.int64]) -> Column:
     """Units of 1e-8 as float64; quantities become coins."""
     return units.astype(np.float64) / UNITS_PER_ONE
 
 
-def _largest(column: Column) -> float:
+def largest(column: Column) -> float:
     """The largest absolute value."""
     return max(float(column.max()), -float(column.min())) if len(column) else 0.0
 
@@ -283,7 +311,7 @@ async def read_marks(client: Redis, contracts: Mapping[str, Contract]) -> Marks:
     async with client.pipeline(transaction=True) as pipeline:
         _ask_for_marks(pipeline, list(contracts))
         answer = await pipeline.execute()
-    return _marks_from(answer, contracts)
+    return marks_from(answer, contracts)
 
 
 async def read_chunk(client: Redis, first_slot: int, count: int, contracts: Mapping[str, Contract]) -> Chunk:
@@ -291,10 +319,7 @@ async def read_chunk(client: Redis, first_slot: int, count: int, contracts: Mapp
 
     Raises ``ColumnsShort``.
     """
-    symbols = list(contracts)
-    columns = [keys.COLUMN_BALANCE, keys.COLUMN_BREACH]
-    for symbol in symbols:
-        columns += [keys.quantity_column(symbol), keys.cost_column(symbol)]
+    symbols, columns = list(contracts), column_names(contracts)
     async with client.pipeline(transaction=True) as pipeline:
         _ask_for_marks(pipeline, symbols)
         pipeline.llen(keys.ACCOUNTS)
@@ -303,16 +328,28 @@ async def read_chunk(client: Redis, first_slot: int, count: int, contracts: Mapp
         answer = await pipeline.execute()
     accounts, *packed_columns = answer[_MARK_ANSWERS + len(symbols) :]
     rows = max(0, min(count, int(accounts) - first_slot))
-    balance, breach, *per_symbol = (
-        _column(name, packed, rows) for name, packed in zip(columns, packed_columns, strict=True)
-    )
+    found = [_column(name, packed, rows) for name, packed in zip(columns, packed_columns, strict=True)]
+    return chunk_of(found, first_slot, contracts, marks_from(answer, contracts))
+
+
+def column_names(symbols: Iterable[str]) -> list[str]:
+    """The keys of all columns, in the order in which they are read."""
+    columns = [keys.COLUMN_BALANCE, keys.COLUMN_BREACH]
+    for symbol in symbols:
+        columns += [keys.quantity_column(symbol), keys.cost_column(symbol)]
+    return columns
+
+
+def chunk_of(columns: Sequence[NDArray[np.int64]], first_slot: int, symbols: Iterable[str], marks: Marks) -> Chunk:
+    """The chunk whose ``columns`` are those of ``column_names``."""
+    balance, breach, *per_symbol = columns
     return Chunk(
         first_slot=first_slot,
         balance=balance,
         breach=breach,
         quantity=dict(zip(symbols, per_symbol[::2], strict=True)),
         cost=dict(zip(symbols, per_symbol[1::2], strict=True)),
-        marks=_marks_from(answer, contracts),
+        marks=marks,
     )
 
 
@@ -330,21 +367,29 @@ async def read_chunks(client: Redis, contracts: Mapping[str, Contract], *, chunk
 
 async def account_names(client: Redis, slots: Sequence[int]) -> list[str]:
     """The account in each of ``slots``, in their order. Raises ``StateMissing`` when such a slot is gone."""
+    return [keys.as_text(name) for name in await packed_names(client, slots)]
+
+
+async def packed_names(client: Redis, slots: Sequence[int]) -> Sequence[bytes]:
+    """``account_names`` as they lie in Redis: a report of every account has no need of a text for each."""
     if not slots:
         return []
-    first, last = min(slots), max(slots)
+    together = isinstance(slots, range)
+    first, last = (slots[0], slots[-1]) if together else (min(slots), max(slots))
     if last - first < NAMES_SKIPPED_MAX * len(slots):
         names = await client.lrange(keys.ACCOUNTS, first, last)
+        if together and len(names) == len(slots):
+            return names  # type: ignore[return-value]  # redis-py's types allow for texts
         found = [names[slot - first] if slot - first < len(names) else None for slot in slots]
     else:
         async with client.pipeline(transaction=False) as pipeline:
             for slot in slots:
                 pipeline.lindex(keys.ACCOUNTS, slot)
             found = await pipeline.execute()
-    known = [keys.as_text(name) for name in found if name is not None]
+    known = [name for name in found if name is not None]
     if len(known) < len(slots):
         raise errors.StateMissing("the state was emptied while it was read", reason="state_missing")
-    return known
+    return known  # type: ignore[return-value]  # redis-py's types allow for texts
 
 
 async def quarantined_slots(client: Redis) -> tuple[dict[int, str], list[str]]:
@@ -377,8 +422,11 @@ def _ask_for_marks(pipeline: Redis, symbols: Sequence[str]) -> None:
         pipeline.hmget(keys.mark_key(symbol), "price", "timestamp")
 
 
-def _marks_from(answer: Sequence[Any], contracts: Mapping[str, Contract]) -> Marks:
-    """The marks in the answers to ``_ask_for_marks``, which come first. Raises ``StateDamaged``."""
+def marks_from(answer: Sequence[Any], contracts: Mapping[str, Contract]) -> Marks:
+    """The marks in the answers to ``_ask_for_marks``, which come first; a script answers in the same form.
+
+    Raises ``StateDamaged``.
+    """
     (seconds, microseconds), epoch, (*texts, version) = answer[:_MARK_ANSWERS]
     if version is not None and not version.isdigit():
         raise errors.StateDamaged("the key mark:version is not a whole number", reason="state_damaged")
@@ -403,12 +451,12 @@ def _marks_from(answer: Sequence[Any], contracts: Mapping[str, Contract]) -> Mar
     )
 
 
-def _for_every_row(value: Decimal) -> Column:
+def for_every_row(value: Decimal) -> Column:
     """One value that numpy pairs with every row of a column."""
     return np.array(float(value))
 
 
-def _exact_sum(column: NDArray[np.int64]) -> int:
+def exact_sum(column: NDArray[np.int64]) -> int:
     """The sum as a Python integer. That of int64 wraps, but is right up to a multiple of 2**64, and float64 says which.
 
     The float is off by less than 2**63: a chunk adds up to less than 2**90, of which it loses less than 2**-40.

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Final
 
 import asyncpg
@@ -46,7 +47,7 @@ class HistoryEntry:
                 "account_id": self.account_id,
                 "seq": self.seq,
                 "epoch": self.epoch,
-                "timestamp": timestamp_of(self.time_us).isoformat(),
+                "timestamp": _timestamp_text(self.time_us),
             }
         )
         return head[:-1] + b"," + self.body[1:]
@@ -55,6 +56,12 @@ class HistoryEntry:
 def timestamp_of(time_us: int) -> datetime:
     """The time ``time_us`` microseconds after the Unix epoch, in UTC, without a float in between."""
     return UNIX_EPOCH + timedelta(microseconds=time_us)
+
+
+@lru_cache(maxsize=256)
+def _timestamp_text(time_us: int) -> str:
+    """ISO 8601. The rows of one script call share their time."""
+    return timestamp_of(time_us).isoformat()
 
 
 def _columns(model: type[HistoryRow]) -> str:

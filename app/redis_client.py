@@ -29,7 +29,7 @@ from app.sentinel import connection_pool, is_sentinel_url
 
 log = structlog.get_logger(__name__)
 
-LAYOUT_VERSION: Final = 2
+LAYOUT_VERSION: Final = 3
 """Moves on when keys or scripts change so that an older release must not write beside a newer."""
 
 MARK_CHANNEL: Final = "mark_price"
@@ -50,6 +50,12 @@ OUTBOX_DEAD: Final = "outbox:dead"
 ACCOUNTS: Final = "accounts"
 COLUMN_BALANCE: Final = "columns:balance"
 COLUMN_BREACH: Final = "columns:breach"
+CHANGED: Final = "columns:changed"
+"""The slots of the rows that changed last, packed, which says what a sweep has to read again; without it, every row.
+
+They come after the number of changes before them (``app/scripts/guard.lua`` ``note_changes``).
+"""
+
 LIQUIDATIONS: Final = "counters:liquidations"
 RECOVERIES: Final = "counters:recoveries"
 RATE_LIMIT_PREFIX: Final = "limits"
@@ -159,6 +165,7 @@ REFRESH: Final = Script("refresh")
 REPACK: Final = Script("repack")
 LEDGER_ROWS: Final = Script("ledger_rows", writes=False)
 COLUMNS: Final = Script("columns")
+CHANGED_ROWS: Final = Script("changed_rows", writes=False)
 
 
 class StateStore:

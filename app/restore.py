@@ -175,6 +175,8 @@ async def restore_some(store: StateStore, accounts: Iterable[RestoredAccount], s
             pipeline.hset(ledger_key, mapping=account.ledger(slot))
             for column, value in account.packed(symbols).items():
                 pipeline.setrange(column, slot * UNIT.size, value)
+            # Without any change noted every row counts as changed.
+            pipeline.delete(keys.CHANGED)
             await pipeline.execute()
     await count_open_positions(store, symbols)
 

@@ -16,6 +16,7 @@ from redis.exceptions import RedisError
 
 from app import background, database, errors
 from app.booking import Booking
+from app.collector import spare_the_collector
 from app.config import Settings, get_settings
 from app.embedded import locate_stores
 from app.http_protocol import BoundedHttpProtocol
@@ -77,6 +78,7 @@ async def watch(settings: Settings) -> None:
         # One that is down is looked at when it has come up, which is a restart.
         await store.check_durability(allow_unsafe=settings.allow_unsafe_redis)
     await outbox.start()
+    spare_the_collector()
     scheduler = start_timer(audit_unless_unavailable, sweeper, interval_seconds=settings.sweep_interval_seconds)
     tasks = [
         asyncio.create_task(sweeper.run(), name="sweeper"),

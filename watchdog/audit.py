@@ -25,6 +25,9 @@ from app.schemas import IDENTIFIER_PATTERN
 KEYS_PER_ACCOUNT: Final = 6
 """About how many keys SCAN passes for each account: balance, equity, used_margin, ledger, positions, an operation."""
 
+CHECKED_AT_ONCE: Final = 25
+"""A sweep that a mark asks for meanwhile waits no longer than the loop has so many in hand."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -50,7 +53,10 @@ class Audit:
         self._quarantined_turn = (self._quarantined_turn + self._accounts_per_step) % max(1, len(quarantined))
         in_turn = [*quarantined[self._quarantined_turn :], *quarantined[: self._quarantined_turn]]
         names |= set(in_turn[: self._accounts_per_step])
-        await asyncio.gather(*(self._check(name, was_quarantined=name in quarantined) for name in sorted(names)))
+        in_order = sorted(names)
+        for first in range(0, len(in_order), CHECKED_AT_ONCE):
+            some = in_order[first : first + CHECKED_AT_ONCE]
+            await asyncio.gather(*(self._check(name, was_quarantined=name in quarantined) for name in some))
 
     async def _made_by_hand(self) -> list[str]:
         """The accounts among the next balance keys that have no slot yet."""

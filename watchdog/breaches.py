@@ -1,4 +1,4 @@
-"""Open and end breaches: decide each survivor of the screen in Decimal, and record the verdict once.
+"""Open and end breaches: decide each survivor of the screen exactly, and record the verdict once.
 
 A verdict is on the row that was read, at the marks it was read with. One call of the script records many, each judged
 on its own: it refuses one whose row is no longer the record, or whose account's last breach transition was at a newer
@@ -8,15 +8,17 @@ mark version; that account is then read and judged again, a few times, and count
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 import structlog
+from numpy.typing import NDArray
 
-from app import errors, failpoints
+from app import background, errors, failpoints
 from app import redis_client as keys
 from app.booking import Booking
 from app.columns import Chunk, ScreenedChunk, account_names
@@ -27,15 +29,17 @@ from app.records import Snapshot, encode_position
 from app.services import reports, trading
 from app.services.margin import AccountMargin
 from app.services.trading import Account
+from app.services.verdict_rows import Kind, WrittenVerdict, judge_rows
 
 ATTEMPTS_MAX: Final = 5
 VERDICTS_AT_ONCE: Final = 500
+SETTLING_AT_ONCE: Final = 2
+"""Of such pieces: one is judged while another is recorded."""
+
 VERDICTS_PER_CALL: Final = 100
 """A script holds up everybody else at Redis for as long as it runs."""
 
 log = structlog.get_logger(__name__)
-
-Kind = Literal["liquidation", "recovery"]
 
 
 @dataclass(slots=True)
@@ -61,6 +65,18 @@ class Settled:
         self.overdue += other.overdue
         self.quarantined |= other.quarantined
 
+    def note(self, verdict: _Verdict, outcome: HistoryEntry | str, *, was_in_breach: bool) -> None:
+        """Count in a recorded verdict, or one on an account whose keys are not what they should be."""
+        if isinstance(outcome, str):
+            self.quarantined[verdict.account_id] = outcome
+        elif outcome.kind == "liquidation":
+            self.opened.append(outcome)
+            self.candidates += 1
+            self.breaches_more += 1 - was_in_breach
+        else:
+            self.ended.append(outcome)
+            self.breaches_more -= was_in_breach
+
 
 @dataclass(frozen=True, slots=True)
 class _Judged:
@@ -83,24 +99,25 @@ _Outcome = HistoryEntry | str | None
 
 @dataclass(frozen=True, slots=True)
 class _Verdict:
-    """What is to be recorded of a judged account; ``body`` is the row's evidence."""
+    """What is to be recorded of an account that was in ``breach`` (0 for none) when it was judged."""
 
-    judged: _Judged
-    kind: Kind
-    body: bytes
+    account_id: str
+    breach: int
+    mark_version: int
+    written: WrittenVerdict
 
     def arguments(self) -> list[str | bytes | int]:
         """Its part of what the script is called with."""
-        account = self.judged.account
+        written = self.written
         return [
-            account.account_id,
-            self.kind,
-            self.judged.mark_version,
-            format_decimal(account.balance),
-            self.judged.breach or "",
-            self.body,
-            len(account.positions),
-            *_record_texts(account),
+            self.account_id,
+            written.kind,
+            self.mark_version,
+            written.balance,
+            self.breach or "",
+            written.body,
+            len(written.fields) // 2,
+            *written.fields,
         ]
 
 
@@ -113,78 +130,105 @@ class BreachBook:
 
     async def settle(
         self, chunk: Chunk, screened: ScreenedChunk, quarantined: Mapping[int, str]
-    ) -> AsyncIterator[Settled]:
-        """Judge every row that the screen lets through and record what changed, a bounded number at a time."""
+    ) -> AsyncGenerator[Settled]:
+        """Judge every row that the screen lets through and record what changed, a bounded number at a time.
+
+        While Redis records some, the next are judged.
+        """
         readable = chunk.readable(quarantined)
         # An open breach of a clear candidate changes nothing, so that verdict needs no second look.
         unchanged = readable & screened.in_breach & screened.surely_candidate
         yield Settled(candidates=int(unchanged.sum()))
         survivors = np.flatnonzero(readable & ~unchanged & (screened.may_be_candidate | screened.may_be_restored))
-        for first in range(0, len(survivors), VERDICTS_AT_ONCE):
-            indices = [int(index) for index in survivors[first : first + VERDICTS_AT_ONCE]]
-            names = await account_names(self._store.client, [chunk.first_slot + index for index in indices])
-            yield await self._settle_rows(chunk, indices, names)
+        settling: deque[asyncio.Task[Settled]] = deque()
+        try:
+            for first in range(0, len(survivors), VERDICTS_AT_ONCE):
+                some = survivors[first : first + VERDICTS_AT_ONCE]
+                settling.append(asyncio.create_task(self._settle_rows(chunk, some)))
+                if len(settling) == SETTLING_AT_ONCE:
+                    yield await settling.popleft()
+            while settling:
+                yield await settling.popleft()
+        finally:
+            await background.end(settling)
 
-    async def _settle_rows(self, chunk: Chunk, indices: Sequence[int], names: Sequence[str]) -> Settled:
+    async def _settle_rows(self, chunk: Chunk, indices: NDArray[np.intp]) -> Settled:
         """Record the verdicts on some rows together; the accounts that moved meanwhile are settled one by one."""
-        settled, verdicts = Settled(), []
-        for index, name in zip(indices, names, strict=True):
-            judged = self._judge(chunk.account(index, name), chunk, int(chunk.breach[index]))
-            kind = self._verdict(judged)
-            if kind is None:
-                settled.candidates += int(judged.is_candidate)
-            else:
-                verdicts.append(_verdict_on(judged, kind))
+        names = await account_names(self._store.client, (chunk.first_slot + indices).tolist())
+        settled, verdicts = self._verdicts_on(chunk, indices, names)
         calls = [verdicts[first : first + VERDICTS_PER_CALL] for first in range(0, len(verdicts), VERDICTS_PER_CALL)]
-        moved: list[_Judged] = []
+        moved: list[_Verdict] = []
         for call, outcomes in zip(calls, await asyncio.gather(*map(self._record, calls)), strict=True):
             for verdict, outcome in zip(call, outcomes, strict=True):
                 if outcome is None:
-                    moved.append(verdict.judged)
+                    moved.append(verdict)
                 else:
-                    settled.add(_settled_by(verdict, outcome, was_in_breach=bool(verdict.judged.breach)))
+                    settled.note(verdict, outcome, was_in_breach=bool(verdict.breach))
         for one in await asyncio.gather(*map(self._settle_again, moved)):
             settled.add(one)
         return settled
+
+    def _verdicts_on(
+        self, chunk: Chunk, indices: NDArray[np.intp], names: Sequence[str]
+    ) -> tuple[Settled, list[_Verdict]]:
+        """What the rows that change nothing come to, and the verdicts on the others."""
+        rows, version = chunk.rows(indices), chunk.marks.version
+        found = judge_rows(rows, self._booking.contracts, restore_at=self._booking.settings.restore_at)
+        settled, verdicts = Settled(), []
+        for number, (name, judged, candidate) in enumerate(
+            zip(names, found.judged.tolist(), found.candidate.tolist(), strict=True)
+        ):
+            breach, is_candidate, written = int(rows.breach[number]), candidate, found.verdicts.get(number)
+            if not judged:
+                alone = self._judge(rows.account(number, name), rows, breach)
+                is_candidate, written = alone.is_candidate, self._written(alone)
+            if written is None:
+                settled.candidates += int(is_candidate)
+            else:
+                verdicts.append(_Verdict(name, breach, version, written))
+        return settled, verdicts
 
     def _judge(self, account: Account, chunk: Chunk, breach: int) -> _Judged:
         prices = chunk.marks.prices
         valued = trading.account_margin(account, contracts=self._booking.contracts, prices=prices)
         return _Judged(account, valued, prices, chunk.marks.version, breach)
 
-    async def _settle_again(self, judged: _Judged) -> Settled:
+    async def _settle_again(self, verdict: _Verdict) -> Settled:
         """Judge an account whose verdict was refused as stale on what it is now, until it holds still.
 
         An account that cannot be read is set apart, so that it keeps no other from being judged.
         """
-        name, was_in_breach = judged.account.account_id, bool(judged.breach)
+        name, was_in_breach = verdict.account_id, bool(verdict.breach)
+        candidate, in_breach = verdict.written.kind == "liquidation", was_in_breach
         try:
             for _ in range(ATTEMPTS_MAX - 1):
-                current = await self._judge_again(name)
-                if current is None:
+                judged = await self._judge_again(name)
+                if judged is None:
                     return Settled()
-                judged = current
-                kind = self._verdict(judged)
-                if kind is None:
-                    more = bool(judged.breach) - was_in_breach
-                    return Settled(candidates=int(judged.is_candidate), breaches_more=more)
-                verdict = _verdict_on(judged, kind)
+                candidate, in_breach = judged.is_candidate, bool(judged.breach)
+                written = self._written(judged)
+                if written is None:
+                    return Settled(candidates=int(candidate), breaches_more=in_breach - was_in_breach)
+                verdict = _Verdict(name, judged.breach, judged.mark_version, written)
                 (outcome,) = await self._record([verdict])
                 if outcome is not None:
-                    return _settled_by(verdict, outcome, was_in_breach=was_in_breach)
+                    settled = Settled()
+                    settled.note(verdict, outcome, was_in_breach=was_in_breach)
+                    return settled
         except (errors.AccountQuarantined, errors.UnknownAccount) as error:
             return Settled(quarantined={name: error.detail})
         except (errors.OutboxFull, errors.Contended) as error:
             log.warning("a verdict is overdue", account_id=name, reason=error.detail)
         else:
             log.warning("a verdict is overdue: the account keeps moving", account_id=name)
-        return Settled(overdue=int(judged.is_candidate and not judged.breach), candidates=int(judged.is_candidate))
+        return Settled(overdue=int(candidate and not in_breach), candidates=int(candidate))
 
-    def _verdict(self, judged: _Judged) -> Kind | None:
+    def _written(self, judged: _Judged) -> WrittenVerdict | None:
+        """The verdict with its evidence, or None where nothing changes."""
         if judged.breach:
             restored = trading.is_restored(judged.valued, restore_at=self._booking.settings.restore_at)
-            return "recovery" if restored else None
-        return "liquidation" if judged.is_candidate else None
+            return _written_alone(judged, "recovery") if restored else None
+        return _written_alone(judged, "liquidation") if judged.is_candidate else None
 
     async def _record(self, verdicts: Sequence[_Verdict]) -> list[_Outcome]:
         """What came of each verdict: its row of history, None if the account had moved, or why it is set apart."""
@@ -200,7 +244,8 @@ class BreachBook:
                 keys.ACCOUNTS,
                 keys.LIQUIDATIONS,
                 keys.RECOVERIES,
-                *(key for verdict in verdicts for key in _account_keys(verdict.judged.account.account_id)),
+                keys.CHANGED,
+                *(key for verdict in verdicts for key in _account_keys(verdict.account_id)),
             ],
             [self._store.signature, *(argument for verdict in verdicts for argument in verdict.arguments())],
         )
@@ -208,9 +253,16 @@ class BreachBook:
         for verdict, answer in zip(verdicts, answers, strict=True):
             if answer[0] == b"ok":
                 _, history_id, seq = answer
-                name = verdict.judged.account.account_id
                 outcomes.append(
-                    HistoryEntry(int(history_id), verdict.kind, name, seq, int(epoch), int(time_us), verdict.body)
+                    HistoryEntry(
+                        id=int(history_id),
+                        kind=verdict.written.kind,
+                        account_id=verdict.account_id,
+                        seq=seq,
+                        epoch=int(epoch),
+                        time_us=int(time_us),
+                        body=verdict.written.body,
+                    )
                 )
             elif answer[0] == b"wrong_type":
                 outcomes.append(f"the key {keys.as_text(answer[1])} is not what it should be")
@@ -245,35 +297,27 @@ class BreachBook:
         }
 
 
-def _verdict_on(judged: _Judged, kind: Kind) -> _Verdict:
-    """The verdict with its evidence."""
+def _written_alone(judged: _Judged, kind: Kind) -> WrittenVerdict:
+    """The verdict on one account, in Decimal."""
+    account, valued = judged.account, judged.valued
     if kind == "liquidation":
-        body = liquidation_body(judged.account, judged.valued, prices=judged.prices, mark_version=judged.mark_version)
+        body = liquidation_body(account, valued, prices=judged.prices, mark_version=judged.mark_version)
     else:
         body = recovery_body(
-            judged.account,
-            judged.valued,
+            account,
+            valued,
             prices=judged.prices,
             mark_version=judged.mark_version,
             liquidation_id=judged.breach,
             cause="the mark",
         )
-    return _Verdict(judged, kind, body)
-
-
-def _settled_by(verdict: _Verdict, outcome: HistoryEntry | str, *, was_in_breach: bool) -> Settled:
-    """What a recorded verdict comes to, or one on an account whose keys are not what they should be."""
-    if isinstance(outcome, str):
-        return Settled(quarantined={verdict.judged.account.account_id: outcome})
-    if verdict.kind == "liquidation":
-        return Settled(opened=[outcome], candidates=1, breaches_more=1 - was_in_breach)
-    return Settled(ended=[outcome], breaches_more=-int(was_in_breach))
+    return WrittenVerdict(kind, format_decimal(account.balance), _record_texts(account), body)
 
 
 def _account_keys(name: str) -> tuple[str, str, str]:
     return keys.balance_key(name), keys.positions_key(name), keys.ledger_key(name)
 
 
-def _record_texts(account: Account) -> Sequence[str]:
+def _record_texts(account: Account) -> tuple[str, ...]:
     """The fields of the positions key as Plimsoll writes them, alternating with their values."""
-    return [text for symbol, position in account.positions.items() for text in (symbol, encode_position(position))]
+    return tuple(text for symbol, position in account.positions.items() for text in (symbol, encode_position(position)))

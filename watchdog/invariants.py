@@ -27,7 +27,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from app import errors
 from app import redis_client as keys
 from app.booking import Booking
-from app.columns import INT64
+from app.columns import INT64, exact_sum
 from app.numbers import format_decimal, from_units
 from app.outbox import POSTGRES_ERRORS
 from app.records import UNIT, unpack
@@ -155,8 +155,7 @@ class Invariants:
         )
         return State(
             last_id=int(last_id or 0),
-            # As Python integers: an int64 sum would wrap.
-            balance=from_units(sum(balance.tolist())),
+            balance=from_units(exact_sum(balance)),
             open_breaches={int(value) for value in breach[breach != 0]},
         )
 

@@ -94,6 +94,11 @@ SWEEPS_LATE: Final = Counter(
     ["reason"],
     registry=REGISTRY,
 )
+UNNOTED_CHANGES: Final = Counter(
+    "plimsoll_unnoted_changes",
+    "Rows of the columns that changed without a note, found by the timer's sweeps; every row was read again.",
+    registry=REGISTRY,
+)
 SWEEP_DURATION: Final = Histogram(
     "plimsoll_sweep_duration_seconds",
     "From reading the first row to the last verdict recorded.",

@@ -1,20 +1,23 @@
 """Keep the equity and used_margin keys near the truth: accounts at risk first, a bounded number after each sweep.
 
+A sweep that was asked for goes first, unless the keys have waited for a second.
+
 No decision reads these keys; they are for whoever looks at Redis. A value is written only where the account's row is
 still the one it was computed from, so a trade's own newer values stay.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from app import redis_client as keys
 from app.booking import Booking
-from app.columns import Chunk, ScreenedChunk, account_names
+from app.columns import Chunk, ScreenedChunk, account_names, value_rows
 from app.numbers import format_decimal
 from app.services import reports
 
@@ -23,6 +26,10 @@ if TYPE_CHECKING:
 
 ACCOUNTS_PER_CALL: Final = 100
 PAUSE_SECONDS: Final = 0.25
+GIVE_WAY_SECONDS: Final = 1
+ROWS_AT_ONCE: Final = 131_072
+THREAD_ROWS_MIN: Final = 16_384
+"""Below, numpy is done before a thread has begun."""
 
 
 class Refresher:
@@ -33,22 +40,25 @@ class Refresher:
         self._next_slot = 0
         self._refreshed = -PAUSE_SECONDS
 
-    async def refresh(self, swept: Swept) -> None:
+    async def refresh(self, swept: Swept, *, asked: asyncio.Event) -> None:
         """Bring some accounts' keys up to date with ``swept``: all of them in a small store.
 
-        Not after every sweep of a flood of marks; the timer's sweep brings what such a pause left out.
+        Not after every sweep of a flood of marks; the timer's sweep brings what such a pause left out. One that stops
+        because a sweep was ``asked`` for is done again after that one.
         """
-        now = time.monotonic()
-        if now - self._refreshed < PAUSE_SECONDS:
+        began, before = time.monotonic(), self._refreshed
+        if began - before < PAUSE_SECONDS:
             return
-        self._refreshed = now
         budget = self._booking.settings.refresh_accounts_per_sweep
-        for chunk, indices in self._chosen(swept, budget):
+        async for chunk, indices in self._chosen(swept, budget):
             readable = [index for index in indices if chunk.first_slot + index not in swept.quarantined]
             for first in range(0, len(readable), ACCOUNTS_PER_CALL):
+                if asked.is_set() and began - before < GIVE_WAY_SECONDS:
+                    return
                 await self._write(chunk, readable[first : first + ACCOUNTS_PER_CALL], swept)
+        self._refreshed = began
 
-    def _chosen(self, swept: Swept, budget: int) -> Iterator[tuple[Chunk, list[int]]]:
+    async def _chosen(self, swept: Swept, budget: int) -> AsyncIterator[tuple[Chunk, list[int]]]:
         """The rows to write by chunk: all if the budget allows, else half of it at most risk, half in turn."""
         accounts = sum(len(chunk) for chunk, _ in swept.chunks)
         if accounts <= budget:
@@ -56,12 +66,18 @@ class Refresher:
                 yield chunk, list(range(len(chunk)))
             return
         in_turn = [(self._next_slot + step) % accounts for step in range(budget // 2)]
-        self._next_slot = (self._next_slot + budget // 2) % accounts
         for chunk, screened in swept.chunks:
-            end = chunk.first_slot + len(chunk)
-            chosen = {slot - chunk.first_slot for slot in in_turn if chunk.first_slot <= slot < end}
-            chosen |= set(_most_at_risk(screened, max(1, budget * len(chunk) // accounts // 2)))
-            yield chunk, sorted(chosen)
+            # A piece at a time, so that a sweep does not wait until a million rows are valued.
+            for first in range(0, len(chunk), ROWS_AT_ONCE):
+                piece = range(first, min(first + ROWS_AT_ONCE, len(chunk)))
+                count = max(1, budget * len(piece) // accounts // 2)
+                if len(piece) < THREAD_ROWS_MIN:
+                    at_risk = _most_at_risk(screened, piece, count)
+                else:
+                    at_risk = await asyncio.to_thread(_most_at_risk, screened, piece, count)
+                indices = {slot - chunk.first_slot for slot in in_turn if slot - chunk.first_slot in piece}
+                yield chunk, sorted(indices.union(at_risk))
+        self._next_slot = (self._next_slot + budget // 2) % accounts
 
     async def _write(self, chunk: Chunk, indices: Sequence[int], swept: Swept) -> None:
         if not indices:
@@ -89,10 +105,12 @@ class Refresher:
         )
 
 
-def _most_at_risk(screened: ScreenedChunk, count: int) -> list[int]:
-    """The open rows with the least equity above their maintenance margin."""
-    valued = screened.valued
-    headroom = np.where(screened.is_open & ~screened.unvalued, valued.equity - valued.maintenance_margin, np.inf)
-    if count >= len(headroom):
-        return list(range(len(headroom)))
-    return [int(index) for index in np.argpartition(headroom, count)[:count]]
+def _most_at_risk(screened: ScreenedChunk, piece: range, count: int) -> list[int]:
+    """The open rows among ``piece`` with the least equity above their maintenance margin."""
+    rows = slice(piece.start, piece.stop)
+    valued, _ = value_rows(screened.chunk.rows(rows), screened.contracts)
+    valuable = screened.is_open[rows] & ~screened.unvalued[rows]
+    headroom = np.where(valuable, valued.equity - valued.maintenance_margin, np.inf)
+    if count >= len(piece):
+        return list(piece)
+    return [piece.start + int(index) for index in np.argpartition(headroom, count)[:count]]

@@ -1,7 +1,7 @@
 """A sweep: one recomputation of every account's margin, and the record of what it found.
 
-Read a chunk of the columns with its marks, screen it in float64, decide the survivors in Decimal, record. Requests
-coalesce: however many come while a sweep runs, one more follows it, so the newest mark is always swept.
+Read the columns chunk by chunk with their marks, screen each in float64, decide the survivors in Decimal, record.
+Requests coalesce: however many come while a sweep runs, one more follows it, so the newest mark is always swept.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -18,18 +18,19 @@ import numpy as np
 import structlog
 from redis.exceptions import RedisError
 
-from app import background, errors, failpoints
+from app import errors, failpoints
 from app import redis_client as keys
 from app.booking import Booking
-from app.columns import Chunk, Marks, ScreenedChunk, Sums, Totals, quarantined_slots, read_chunk, read_marks, screen
+from app.columns import Chunk, Marks, ScreenedChunk, Sums, Totals, quarantined_slots, screen
+from app.headroom import Headroom
 from app.history import FencedError
 from app.outbox import POSTGRES_ERRORS
 from app.services.reports import ACCOUNT_STATES
 from watchdog import metrics
 from watchdog.breaches import BreachBook, Settled
+from watchdog.kept_columns import KeptColumns, adopted_marks
 from watchdog.refresh import Refresher
 
-ADOPTIONS_MAX: Final = 5
 LEFT_OVER_READ_AT_ONCE: Final = 1_000
 RECORDING_AT_ONCE: Final = 8
 """Pieces of verdicts whose rows are on their way to Postgres: more would only wait there until they seem unanswered."""
@@ -67,13 +68,12 @@ class _Tally:
     chunks: list[tuple[Chunk, ScreenedChunk]] = field(default_factory=list)
 
     def count(self, chunk: Chunk, screened: ScreenedChunk, quarantined: Mapping[int, str]) -> None:
-        """Count the rows of ``chunk`` in, as they were read."""
+        """Count the rows of ``chunk`` in, as they were read; their sums are apart."""
         readable = chunk.readable(quarantined)
         flat = readable & ~screened.in_breach & ~screened.is_open
-        self.sums.add(chunk)
         self.accounts += int(np.count_nonzero(readable))
         self.in_breach += int(np.count_nonzero(readable & screened.in_breach))
-        self.negative_equity += int(np.count_nonzero(chunk.balance[flat] < 0))
+        self.negative_equity += int(np.count_nonzero(flat & (chunk.balance < 0)))
         self.chunks.append((chunk, screened))
 
 
@@ -86,6 +86,7 @@ class Sweeper:
         self._store = booking.store
         self._settings = booking.settings
         self._breaches = BreachBook(booking)
+        self._columns = KeptColumns(booking)
         self._triggers: set[str] = set()
         self._asked = asyncio.Event()
         # Of the sweep that has not begun yet: one that runs has taken its own away.
@@ -115,7 +116,7 @@ class Sweeper:
             self.running = True
             result = "failed"
             try:
-                self.swept = await self._sweep()
+                self.swept = await self._sweep(audit="timer" in triggers)
                 self.last_success = time.monotonic()
                 metrics.show(self.swept)
                 result = "ok"
@@ -136,34 +137,35 @@ class Sweeper:
 
     async def _refresh(self, swept: Swept) -> None:
         try:
-            await self._refresher.refresh(swept)
+            await self._refresher.refresh(swept, asked=self._asked)
         except (errors.Unavailable, RedisError, OSError) as error:
             log.warning("equity and used_margin keys were not refreshed", reason=str(error))
         except Exception:
             log.exception("equity and used_margin keys were not refreshed")
 
-    async def _sweep(self) -> Swept:
+    async def _sweep(self, *, audit: bool = False) -> Swept:
         started = time.monotonic()
         await failpoints.reach("sweep.slow")
         await failpoints.reach("sweep.wedge")
         failpoints.block("loop.block")
         quarantined, without_slot = await quarantined_slots(self._store.client)
         tally = _Tally()
-        marks = await self._adopted_marks()
+        marks = await adopted_marks(self._booking)
         versions, epoch = [marks.version], marks.epoch
         recording: deque[asyncio.Task[None]] = deque()
-        async with aclosing(self._chunks()) as chunks:
-            async for read in chunks:
+        async with aclosing(self._columns.chunks(audit=audit)) as chunks:
+            async for read, headroom in chunks:
                 marks = read.marks
                 versions.append(marks.version)
                 chunk = replace(read, marks=marks.fresh(self._settings.mark_max_age_seconds))
-                screened = await self._look_at(chunk, tally, quarantined)
-                async for part in self._breaches.settle(chunk, screened, quarantined):
-                    self.last_sign_of_life = time.monotonic()
-                    if len(recording) >= RECORDING_AT_ONCE:
-                        await recording.popleft()
-                    recording.append(asyncio.create_task(self._record(part, marks)))
-                    tally.settled.add(part)
+                screened = await self._look_at(chunk, headroom, tally, quarantined)
+                async with aclosing(self._breaches.settle(chunk, screened, quarantined)) as parts:
+                    async for part in parts:
+                        self.last_sign_of_life = time.monotonic()
+                        if len(recording) >= RECORDING_AT_ONCE:
+                            await recording.popleft()
+                        recording.append(asyncio.create_task(self._record(part, marks)))
+                        tally.settled.add(part)
         await asyncio.gather(*recording)
         _log_transitions(tally.settled)
         await self._record_left_over(tally.settled)
@@ -179,51 +181,18 @@ class Sweeper:
         metrics.SWEEP_DURATION.observe(time.monotonic() - started)
         return self._summary(tally, marks, min(versions), quarantined, without_slot)
 
-    async def _adopted_marks(self) -> Marks:
-        """The marks, each with a version: one set by hand is given its own first."""
-        for _ in range(ADOPTIONS_MAX):
-            marks = await read_marks(self._store.client, self._booking.contracts)
-            if not marks.by_hand:
-                return marks
-            for symbol in marks.by_hand:
-                await self._booking.marks.adopt(symbol)
-        raise errors.Contended("a mark is set by hand faster than it can be adopted", reason="contended")
-
-    async def _read_chunk(self, first_slot: int, size: int) -> Chunk:
-        """A chunk none of whose marks is without a version."""
-        for _ in range(ADOPTIONS_MAX):
-            try:
-                chunk = await read_chunk(self._store.client, first_slot, size, self._booking.contracts)
-            except errors.ColumnsShort:
-                # No account may be missed meanwhile, so the sweep waits.
-                await self._booking.column_repair.rebuild()
-                continue
-            if not chunk.marks.by_hand:
-                return chunk
-            await self._adopted_marks()
-        raise errors.Contended("a mark is set by hand faster than it can be adopted", reason="contended")
-
-    async def _chunks(self) -> AsyncGenerator[Chunk]:
-        """Every account, chunk by chunk; the next chunk is read while one is looked at."""
-        first_slot, size = 0, self._settings.sweep_chunk_accounts
-        reading = asyncio.create_task(self._read_chunk(first_slot, size))
-        try:
-            while True:
-                chunk = await reading
-                if len(chunk) < size:
-                    yield chunk
-                    return
-                first_slot += size
-                reading = asyncio.create_task(self._read_chunk(first_slot, size))
-                yield chunk
-        finally:
-            await background.end([reading])
-
-    async def _look_at(self, chunk: Chunk, tally: _Tally, quarantined: Mapping[int, str]) -> ScreenedChunk:
+    async def _look_at(
+        self, chunk: Chunk, headroom: Headroom | None, tally: _Tally, quarantined: Mapping[int, str]
+    ) -> ScreenedChunk:
         """Screen and count a chunk, a large one in a thread: numpy leaves the loop to others meanwhile."""
 
         def screen_and_count() -> ScreenedChunk:
-            screened = screen(chunk, self._booking.contracts, restore_at=self._settings.restore_at)
+            looked = headroom.look(chunk.marks, len(chunk)) if headroom is not None else None
+            screened = screen(chunk, self._booking.contracts, restore_at=self._settings.restore_at, first_look=looked)
+            if headroom is not None:
+                tally.sums = headroom.sums
+            else:
+                tally.sums.add(chunk)
             tally.count(chunk, screened, quarantined)
             return screened
 

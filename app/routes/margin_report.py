@@ -54,7 +54,7 @@ async def get_margin_report(
         marks=marks,
         quarantined=quarantined,
         quarantined_without_slot=without_slot,
-        names=lambda slots: columns.account_names(store.client, slots),
+        names=lambda slots: columns.packed_names(store.client, slots),
         contracts=contracts,
         restore_at=to.settings.restore_at,
     )
@@ -66,7 +66,7 @@ async def get_margin_report(
     except ValueError as error:
         raise errors.InvalidField("this order of the report gave out no such cursor", field="cursor") from error
 
-    async def body() -> AsyncIterator[bytes]:
+    async def body() -> AsyncIterator[bytes | memoryview]:
         yield opening
         async for piece in pieces:
             yield piece

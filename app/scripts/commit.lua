@@ -2,8 +2,8 @@
 --
 -- KEYS: state:epoch, state:run_id, history:last_id, outbox, operation, account balance, positions, account ledger,
 --       account equity, account used_margin, accounts, columns:balance, columns:breach, counters:recoveries,
---       mark:version, state:halted, then per symbol touched (all of them for a new account): columns quantity,
---       columns cost, columns open, then per mark guessed: mark_price
+--       mark:version, state:halted, columns:changed, then per symbol touched (all of them for a new account):
+--       columns quantity, columns cost, columns open, then per mark guessed: mark_price
 -- ARGV: 1 signature, 2 account, 3 kind, 4 mark version, 5 outbox limit, 6 operation seconds, 7 '' for no operation,
 --       8 balance read, 9 seq read, 10 breach read, 11 balance, 12 balance packed, 13 equity, 14 used_margin, 15 body,
 --       16 recovery body ('' keeps the breach as it is), 17 epoch guessed ('' for what was read),
@@ -30,7 +30,7 @@ local touched_count = tonumber(ARGV[18])
 local first = 19 + touched_count * 4
 local fields = {}
 for i = 1, tonumber(ARGV[first]) * 2 do fields[i] = ARGV[first + i] end
-local first_mark, first_mark_key = first + #fields, 16 + touched_count * 3
+local first_mark, first_mark_key = first + #fields, 17 + touched_count * 3
 
 bad = wrong_type(KEYS[6], 'string') or wrong_type(KEYS[7], 'hash')
 if bad then return bad end
@@ -57,16 +57,19 @@ if not seq or (ledger[1] and not slot) then return {'wrong_type', KEYS[8]} end
 if ledger[3] and ledger[3] ~= '' and not integer_of(ledger[3]) then return {'wrong_type', KEYS[8]} end
 local columns = {KEYS[12], KEYS[13]}
 for i = 1, touched_count do
-  columns[#columns + 1] = KEYS[14 + 3 * i]
   columns[#columns + 1] = KEYS[15 + 3 * i]
+  columns[#columns + 1] = KEYS[16 + 3 * i]
 end
 bad = short_of(KEYS[11], columns)
+if bad then return bad end
+local noted
+noted, bad = changes_noted(KEYS[17])
 if bad then return bad end
 -- A slot that is not the account's own would write into another's row, or far beyond the end.
 if slot and redis.call('LINDEX', KEYS[11], slot) ~= ARGV[2] then return {'wrong_type', KEYS[8]} end
 local touched = {}
 for i = 1, touched_count do
-  local key, argument = 14 + 3 * i, 15 + 4 * i
+  local key, argument = 15 + 3 * i, 15 + 4 * i
   local open = 0
   if slot then
     local before = redis.call('HGET', KEYS[8], 'position:' .. ARGV[argument])
@@ -128,5 +131,6 @@ end
 if ARGV[3] == 'adjustment' then
   redis.call('SETRANGE', KEYS[13], slot * 8, struct.pack('<i8', integer_of(ledger[3]) or 0))
 end
+note_changes(KEYS[17], noted, struct.pack('<i8', slot))
 if ARGV[7] ~= '' then redis.call('SET', KEYS[5], text .. '\n' .. time .. '\n' .. ARGV[15], 'EX', ARGV[6]) end
 return {'ok', text, seq, time, recovery, epoch}

@@ -78,6 +78,32 @@ local function short_of(accounts_key, columns)
   return nil
 end
 
+-- So many changes of rows are remembered at least, and twice as many at most. A sweep further behind reads every row.
+local changes_kept = 16384
+
+-- How many bytes of changes are noted, or nil and a refusal.
+local function changes_noted(changed_key)
+  return read('STRLEN', changed_key)
+end
+
+-- Whatever writes rows notes their slots, for sweeps that read only what changed: 8 bytes each, after the number of changes
+-- that came before those still there. bytes is what changes_noted found. Where nothing is noted, or nothing that makes
+-- sense, that number begins by the clock, and so beyond whatever a sweep knows: then every row is read again.
+local function note_changes(changed_key, bytes, slots)
+  if bytes == 0 or bytes % 8 ~= 0 or bytes >= changes_kept * 16 + 8 then
+    local time, kept = redis.call('TIME'), ''
+    local before = tonumber(time[1]) * 100000 + math.floor(tonumber(time[2]) / 10)
+    if bytes > 0 and bytes % 8 == 0 then
+      kept = redis.call('GETRANGE', changed_key, -changes_kept * 8, -1)
+      before = struct.unpack('<i8', redis.call('GETRANGE', changed_key, 0, 7)) + (bytes - 8 - #kept) / 8
+    end
+    kept = struct.pack('<i8', before) .. kept
+    redis.call('SET', changed_key, kept)
+    bytes = #kept
+  end
+  redis.call('SETRANGE', changed_key, bytes, slots)
+end
+
 -- Whether the user's keys hold exactly this balance and these fields. Compared as text: nothing is parsed.
 local function record_is(balance_key, positions_key, balance, fields)
   if (redis.call('GET', balance_key) or '') ~= balance then return false end

@@ -15,7 +15,6 @@ from typing import Any, Final, Literal
 
 import numpy as np
 import orjson
-from numpy.typing import NDArray
 
 from app.columns import Chunk, Marks, ScreenedChunk, Sums, screen
 from app.contracts import Contract
@@ -29,13 +28,13 @@ from app.services.report_rows import encode_rows
 from app.services.trading import Account, RestoreAt
 
 ACCOUNTS_PER_PIECE: Final = 8_192
-"""How many accounts are encoded together: their characters are 3 MB."""
+"""How many accounts are encoded together: their characters are 3 MB, and other requests wait for 3 ms."""
 
-THREAD_ACCOUNTS_MIN: Final = 500
-"""Fewer are encoded before a thread has begun."""
+CANDIDATES_AT_ONCE: Final = 200
+"""So many are looked up in one call of Redis."""
 
-NAMES_AT_ONCE: Final = 200
-"""How many candidates are shaped before other requests get a turn."""
+ALONE_AT_ONCE: Final = 50
+"""Of those that are encoded one by one, so many take 3 ms too."""
 
 Order = Literal["slot", "margin_ratio"]
 AccountState = Literal["ok", "candidate", "recovering", "negative_equity", "quarantined"]
@@ -147,7 +146,7 @@ def _position_report(
     }
     if mark_price is None:
         return shown
-    others = [other for other in account.positions if other != symbol]
+    others = {other: held for other, held in account.positions.items() if other != symbol}
     shown["mark_price"] = format_decimal(mark_price)
     shown["notional"] = format_decimal(margin.notional(quantity=position.quantity, mark_price=mark_price))
     shown["unrealised_pnl"] = format_decimal(
@@ -155,9 +154,7 @@ def _position_report(
     )
     if all(other in prices for other in others):
         rest = trading.account_margin(
-            Account(account.account_id, account.balance, {other: account.positions[other] for other in others}),
-            contracts=contracts,
-            prices=prices,
+            Account(account.account_id, account.balance, others), contracts=contracts, prices=prices
         )
         shown["liquidation_price"] = _optional(
             margin.liquidation_price(
@@ -192,12 +189,14 @@ class ReportSource:
     marks: Marks
     quarantined: Mapping[int, str]
     quarantined_without_slot: Sequence[str]
-    names: Callable[[Sequence[int]], Awaitable[list[str]]]
+    names: Callable[[Sequence[int]], Awaitable[Sequence[bytes]]]
     contracts: Mapping[str, Contract]
     restore_at: RestoreAt
 
 
-async def margin_report(source: ReportSource, request: ReportRequest, head: Mapping[str, Any]) -> AsyncIterator[bytes]:
+async def margin_report(
+    source: ReportSource, request: ReportRequest, head: Mapping[str, Any]
+) -> AsyncIterator[bytes | memoryview]:
     """The report as JSON, in pieces: ``head``, totals, candidates first and whole, then the accounts asked for.
 
     Raises ``ValueError`` at once for a cursor that this order does not give out.
@@ -207,11 +206,11 @@ async def margin_report(source: ReportSource, request: ReportRequest, head: Mapp
     candidates = [shown async for shown in rows.shown(rows.candidate_slots()) if shown["candidate"]]
     opening = orjson.dumps({**head, "totals": rows.totals(candidates), "liquidation_candidates": candidates})
     yield opening[:-1] + b',"accounts":['
-    separator = b""
+    before = 1  # the comma before the first account
     async with aclosing(rows.encoded(slots)) as pieces:
         async for piece in pieces:
-            yield separator + piece
-            separator = b","
+            yield memoryview(piece)[before:]
+            before = 0
     yield b'],"next_cursor":' + orjson.dumps(next_cursor) + b"}"
 
 
@@ -245,50 +244,52 @@ class _Rows:
         return page, f"{self._ratio(last)!r}:{last}" if request.order == "margin_ratio" else str(last)
 
     async def shown(self, slots: Sequence[int]) -> AsyncIterator[dict[str, Any]]:
-        """The accounts in ``slots``, shaped, a bounded number of names at a time."""
-        for first in range(0, len(slots), NAMES_AT_ONCE):
-            some = [int(slot) for slot in slots[first : first + NAMES_AT_ONCE]]
-            for slot, name in zip(some, await self._source.names(some), strict=True):
-                yield self._shape(slot, name)
+        """The accounts in ``slots``, as they are shown, a bounded number of names at a time."""
+        for first in range(0, len(slots), CANDIDATES_AT_ONCE):
+            some = [int(slot) for slot in slots[first : first + CANDIDATES_AT_ONCE]]
+            for shown in orjson.loads(b"[" + (await self._encode(some))[1:] + b"]"):
+                yield shown
 
-    async def encoded(self, slots: Sequence[int]) -> AsyncGenerator[bytes]:
-        """The accounts in ``slots`` as JSON, with commas between them; the next names are read meanwhile."""
-        pieces = [
-            np.array(slots[first : first + ACCOUNTS_PER_PIECE]) for first in range(0, len(slots), ACCOUNTS_PER_PIECE)
-        ]
-        reading: asyncio.Future[list[str]] | None = None
-        try:
-            for number, piece in enumerate(pieces):
-                names = await (reading or self._source.names(piece.tolist()))
-                reading = None
-                if number + 1 < len(pieces):
-                    reading = asyncio.ensure_future(self._source.names(pieces[number + 1].tolist()))
-                if len(piece) < THREAD_ACCOUNTS_MIN:
-                    yield self._encode(piece, names)
-                else:
-                    yield await asyncio.to_thread(self._encode, piece, names)
-        finally:
-            if reading is not None:
-                reading.cancel()
+    async def encoded(self, slots: Sequence[int]) -> AsyncGenerator[bytes | bytearray]:
+        """The accounts in ``slots`` as JSON, each after a comma, some thousands at a time."""
+        for first in range(0, len(slots), ACCOUNTS_PER_PIECE):
+            piece = slots[first : first + ACCOUNTS_PER_PIECE]
+            yield await self._encode(piece if isinstance(piece, range) else [int(slot) for slot in piece])
 
-    def _encode(self, slots: NDArray[np.int64], names: Sequence[str]) -> bytes:
-        """Some accounts as JSON: most of them together, those in quarantine or not plain one by one."""
+    async def _encode(self, slots: Sequence[int]) -> bytes | bytearray:
+        """Some accounts as JSON: most of them together, those in quarantine or not plain one by one.
+
+        In the loop's own thread: numpy's calls are so short here that two threads would spend as much again on waiting
+        for each other.
+        """
+        names = await self._source.names(slots)
         encoded = encode_rows(self._take(slots), names, contracts=self._source.contracts)
-        alone = np.flatnonzero(~encoded.plain | np.isin(slots, list(self._source.quarantined)))
-        parts, first = [], 0
-        for index in [*alone.tolist(), len(slots)]:
+        alone = ~encoded.plain
+        if self._source.quarantined:
+            alone |= np.isin(slots, list(self._source.quarantined))
+        if not alone.any():
+            return encoded.text(0, len(slots))
+        parts: list[bytes | bytearray] = []
+        first = 0
+        for number, index in enumerate([*np.flatnonzero(alone).tolist(), len(slots)]):
+            if number % ALONE_AT_ONCE == ALONE_AT_ONCE - 1:
+                await asyncio.sleep(0)
             if index > first:
                 parts.append(encoded.text(first, index))
             if index < len(slots):
-                parts.append(orjson.dumps(self._shape(int(slots[index]), names[index])))
+                parts += [b",", orjson.dumps(self._shape(slots[index], names[index]))]
             first = index + 1
-        return b",".join(parts)
+        return b"".join(parts)
 
-    def _take(self, slots: NDArray[np.int64]) -> Chunk:
+    def _take(self, slots: Sequence[int]) -> Chunk:
         """The rows in ``slots``, in their order, at the marks of the report."""
-        numbers = np.searchsorted(self._starts, slots, side="right") - 1
+        chunk, first = self._at(slots[0])
+        if isinstance(slots, range) and first + len(slots) <= len(chunk):
+            return replace(chunk.rows(slice(first, first + len(slots))), marks=self._source.marks)
+        wanted = np.array(slots)
+        numbers = np.searchsorted(self._starts, wanted, side="right") - 1
         taken = [
-            self._source.chunks[number].rows(slots[numbers == number] - self._starts[number])
+            self._source.chunks[number].rows(wanted[numbers == number] - self._starts[number])
             for number in np.unique(numbers)
         ]
         back = np.argsort(np.argsort(numbers, kind="stable"), kind="stable")
@@ -330,9 +331,9 @@ class _Rows:
             "accounts": {state: states[state] for state in ACCOUNT_STATES},
         }
 
-    def _shape(self, slot: int, name: str) -> dict[str, Any]:
+    def _shape(self, slot: int, packed_name: bytes) -> dict[str, Any]:
         chunk, index = self._at(slot)
-        breach = int(chunk.breach[index])
+        name, breach = packed_name.decode(errors="replace"), int(chunk.breach[index])
         if slot in self._source.quarantined:
             shown = quarantined_summary(name)
         else:

@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app import main, schemas
 from app.cli import app as plimsoll
+from app.collector import spare_the_collector
 from app.config import get_settings
 from app.json_body import ExactJSONRoute
 from app.logging import configure_logging
@@ -45,7 +46,7 @@ async def _lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
     """
     settings = get_settings()
     configure_logging(settings.log_level, process="api")
-    main._spare_the_collector()
+    spare_the_collector()
     yield {"services": SimpleNamespace(settings=settings)}
 
 

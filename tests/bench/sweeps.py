@@ -12,7 +12,7 @@ import asyncio
 import gc
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from decimal import Decimal
 from random import Random
@@ -23,6 +23,7 @@ import numpy as np
 import psutil
 from redis.asyncio import Redis
 
+from app import background
 from app import redis_client as keys
 from app.booking import Booking
 from app.columns import INT64
@@ -108,9 +109,7 @@ class Sweeps:
 
     async def close(self) -> None:
         """Stop sweeping."""
-        self._task.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._task
+        await background.end([self._task])
 
     async def first(self) -> None:
         """Two sweeps that are not timed: the first finds all candidates and records their breaches."""

@@ -37,6 +37,7 @@ KEYS_THAT_ARE_WRITTEN: Final = {
     "columns:BTC-PERP:quantity",
     "columns:balance",
     "columns:breach",
+    "columns:changed",
     "counters:liquidations",
     "counters:recoveries",
     "history:last_id",

@@ -131,7 +131,9 @@ def guarded_stores(guarded: GuardedRedis, servers: Servers, template_database: s
 @asynccontextmanager
 async def guarded_system(guarded: GuardedRedis, stores: Stores, directory: Path) -> AsyncIterator[System]:
     """The API and the watchdog, each as its own user, asking for keys."""
-    running = System(stores, directory, {"auth": "on", "audit_accounts_per_sweep": "1000"})
+    # In chunks of one account a watchdog reads what changed, as it does in a large store.
+    settings = {"auth": "on", "audit_accounts_per_sweep": "1000", "sweep_chunk_accounts": "1"}
+    running = System(stores, directory, settings)
     await asyncio.to_thread(reconcile.migrate, running.settings(), stores)
     try:
         await running.start_watchdog(redis_url=guarded.url("watchdog"))

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app import errors
-from app.columns import INT64, Chunk, Marks, Sums, _column, _exact_sum
+from app.columns import INT64, Chunk, Marks, Sums, _column, exact_sum
 from app.numbers import from_units
 from app.records import UNIT, pack, unpack
 from tests.property.repeatable import repeatable
@@ -29,7 +29,7 @@ SYMBOLS = (BTC, ETH)
 @given(st.lists(INT64S, max_size=50), st.integers(1, 5_000))
 def test_a_sum_is_that_of_integers_which_do_not_wrap(values: list[int], repeated: int) -> None:
     column = np.tile(np.array(values, dtype=INT64), repeated)
-    assert _exact_sum(column) == sum(values) * repeated
+    assert exact_sum(column) == sum(values) * repeated
 
 
 @repeatable

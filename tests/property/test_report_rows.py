@@ -10,21 +10,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.columns import Chunk
-from app.numbers import from_units
+from app.numbers import format_decimal, from_units
 from app.services import reports
+from app.services.exact_rows import number_texts, ratio, side_by_side
 from app.services.margin import divide_half_even
-from app.services.report_rows import _ratio, encode_rows
+from app.services.report_rows import encode_rows
 from app.services.trading import Account, Position
 from tests.property.repeatable import repeatable
 from tests.property.worlds import CONTRACTS, World, worlds
 from tests.unit.cast import BTC, chunk_of
 
 
-def alone(chunk: Chunk, index: int, name: str) -> bytes:
-    """One account as it is shown by itself, decided in Decimal."""
-    account, breach = chunk.account(index, name), int(chunk.breach[index])
+def alone(chunk: Chunk, index: int, name: bytes) -> bytes:
+    """One account as it is shown by itself after a comma, decided in Decimal."""
+    account, breach = chunk.account(index, name.decode()), int(chunk.breach[index])
     valued = reports.value_account(account, contracts=CONTRACTS, prices=chunk.marks.prices)
-    return orjson.dumps(
+    return b"," + orjson.dumps(
         {**reports.account_summary(account, valued, in_breach=bool(breach)), "open_breach_id": breach or None}
     )
 
@@ -39,10 +40,25 @@ def test_rows_encoded_together_are_the_accounts_shown_alone(crowd: list[tuple[Wo
     chunk = chunk_of(
         [world.account for world, _ in crowd], prices, breaches=[breach for _, breach in crowd], contracts=CONTRACTS
     )
-    names = [f"account-{number}" for number in range(len(crowd))]
+    names = [b"account-%d" % number for number in range(len(crowd))]
     encoded = encode_rows(chunk, names, contracts=CONTRACTS)
     for index in np.flatnonzero(encoded.plain).tolist():
         assert encoded.text(index, index + 1) == alone(chunk, index, names[index])
+
+
+@repeatable
+@given(
+    st.lists(
+        st.tuples(st.integers(-(2**61), 2**61), st.integers(0, 18)).map(lambda drawn: drawn[0] // 10 ** drawn[1]),
+        min_size=1,
+        max_size=10,
+    ),
+    st.integers(0, 18),
+)
+def test_a_number_of_any_size_and_places_reads_as_its_decimal(units: list[int], places: int) -> None:
+    records = side_by_side(len(units), [b",", *number_texts(np.array(units, dtype=np.int64), places)])
+    texts = bytes(records.translate(None, b"\0")).decode().split(",")[1:]
+    assert texts == [format_decimal(Decimal(number).scaleb(-places)) for number in units]
 
 
 CENTS = st.integers(1, 10_000_000).map(lambda cents: Decimal(cents).scaleb(-2))
@@ -69,7 +85,7 @@ def test_accounts_of_everyday_size_at_a_mark_in_cents_are_all_encoded_together(
         for number, (balance, lots, cost) in enumerate(rows)
     ]
     chunk = chunk_of(accounts, {BTC: mark}, contracts=CONTRACTS)
-    names = [account.account_id for account in accounts]
+    names = [account.account_id.encode() for account in accounts]
     encoded = encode_rows(chunk, names, contracts=CONTRACTS)
     for index in np.flatnonzero(~encoded.plain).tolist():
         # Only a ratio above a million is left to Decimal.
@@ -98,7 +114,7 @@ def test_accounts_of_everyday_size_at_a_mark_in_cents_are_all_encoded_together(
 )
 def test_a_ratio_in_int64_is_rounded_half_even_as_in_decimal(pairs: list[tuple[int, int]]) -> None:
     parts, equities = (np.array(column, dtype=np.int64) for column in zip(*pairs, strict=True))
-    units, fits = _ratio(parts, equities)
+    units, fits = ratio(parts, equities)
     for index, (part, equity) in enumerate(pairs):
         assert fits[index] == (part / equity * 10**8 < 2**50) or abs(part / equity * 10**8 / 2**50 - 1) < 1e-9
         if fits[index]:

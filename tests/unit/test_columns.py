@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from app import errors
-from app.columns import INT64, Chunk, Marks, Sums, _column, _marks_from
+from app.columns import INT64, Chunk, Marks, Sums, _column, marks_from
 from app.numbers import UNITS_PER_ONE
 from app.records import NOTHING, UNIT, pack, unpack
 from tests.unit.cast import (
@@ -126,7 +126,7 @@ def test_nobody_is_judged_by_a_column_that_ends_early() -> None:
 
 
 def test_marks_are_read_with_their_version_and_what_was_set_by_hand() -> None:
-    marks = _marks_from(
+    marks = marks_from(
         [
             (1767268800, 5),
             b"3",
@@ -144,5 +144,5 @@ def test_marks_are_read_with_their_version_and_what_was_set_by_hand() -> None:
 
 
 def test_a_mark_that_is_missing_or_no_price_is_left_out() -> None:
-    marks = _marks_from([(0, 0), None, [None, b"abc", None], [None, None], [b"2400", b"1"]], CONTRACTS)
+    marks = marks_from([(0, 0), None, [None, b"abc", None], [None, None], [b"2400", b"1"]], CONTRACTS)
     assert (marks.prices, marks.version, marks.by_hand) == ({}, 0, ())

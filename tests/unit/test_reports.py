@@ -177,8 +177,8 @@ def source_of(
     without_slot: Sequence[str] = (),
     prices: Mapping[str, Decimal] = DAVES_PRICES,
 ) -> ReportSource:
-    async def names(slots: Sequence[int]) -> list[str]:
-        return [EVERYBODY[slot].account_id for slot in slots]
+    async def names(slots: Sequence[int]) -> list[bytes]:
+        return [EVERYBODY[slot].account_id.encode() for slot in slots]
 
     return ReportSource(
         chunks=chunks(size=size),
@@ -303,8 +303,8 @@ async def test_the_report_of_an_empty_system_is_whole() -> None:
 async def test_a_long_report_comes_in_pieces_and_is_one_document() -> None:
     many = [Account(f"account-{number}", Decimal(number)) for number in range(1_001)]
 
-    async def names(slots: Sequence[int]) -> list[str]:
-        return [many[slot].account_id for slot in slots]
+    async def names(slots: Sequence[int]) -> list[bytes]:
+        return [many[slot].account_id.encode() for slot in slots]
 
     source = replace(source_of(), chunks=chunks(size=100, accounts=many, breaches=[0] * len(many)), names=names)
     request = ReportRequest(limit=None, cursor=None, order="slot")

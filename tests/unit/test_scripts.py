@@ -111,6 +111,7 @@ def test_nothing_is_refused_any_more_once_a_script_has_begun_to_write(name: str)
 
 NUMBERS_THAT_ARE_NO_MONEY = {
     "breach": {"first + 2", "first + 6"},  # mark version, number of fields
+    "changed_rows": {"2", "3", "4"},  # change known, number of changes, number of symbols
     "columns": {"2"},  # number of accounts
     "commit": {"5", "18", "first"},  # outbox limit, number of fields
     "refresh": {"2", "i"},  # number of columns, slot
@@ -143,6 +144,16 @@ def test_commands_that_add_are_used_on_counters_only() -> None:
         ("commit", "INCR", "KEYS[14]"),
         ("commit", "INCRBY", "KEYS[at + 2]"),
     }
+
+
+@pytest.mark.parametrize("name", sorted(set(SCRIPTS) - {"guard"}))
+def test_a_script_that_writes_a_row_notes_its_slot(name: str) -> None:
+    """Sweeps read only what is noted. ``columns`` puts whole columns in place: with nothing noted all rows are read."""
+    source = SCRIPTS[name]
+    notes = "note_changes(" in source
+    assert notes is ("'SETRANGE'" in source)
+    if name == "columns":
+        assert "redis.call('DEL', KEYS[4])" in source
 
 
 def test_the_source_that_redis_gets_starts_with_the_guard() -> None:

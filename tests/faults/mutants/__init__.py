@@ -22,6 +22,7 @@ class Mutant:
 SIMULATION: Final = "tests/property/test_simulation.py"
 LOST_COLUMNS: Final = "tests/integration/test_lost_columns.py"
 """Where no watchdog mends the column first."""
+KEPT_COLUMNS: Final = "tests/integration/test_kept_columns.py"
 
 MUTANTS: Final = (
     Mutant(
@@ -179,5 +180,23 @@ MUTANTS: Final = (
         "$2::bigint > 0",
         "rows of an older epoch are not fenced",
         SIMULATION,
+    ),
+    Mutant(
+        "kept",
+        "only_what_changed",
+        "app/scripts/commit.lua",
+        "note_changes(KEYS[17], noted, struct.pack('<i8', slot))",
+        "",
+        "a commit does not note its slot",
+        KEPT_COLUMNS,
+    ),
+    Mutant(
+        "kept",
+        "any_changes",
+        "app/scripts/breach.lua",
+        "  note_changes(KEYS[9], noted, table.concat(changed))",
+        "",
+        "a breach does not note its slot",
+        KEPT_COLUMNS,
     ),
 )

@@ -111,7 +111,8 @@ class Arena:
     @classmethod
     async def open(cls, stores: Stores) -> Arena:
         """Connect to the stores of a test."""
-        settings = Settings(redis_url=stores.redis_url, database_url=stores.database_url)
+        # Chunks so small that a watchdog keeps its columns and reads what changed.
+        settings = Settings(redis_url=stores.redis_url, database_url=stores.database_url, sweep_chunk_accounts=1)
         return cls(
             loop=asyncio.get_running_loop(),
             stores=stores,

@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from app import columns, outbox, reconcile, restore
 from app.history import HistoryEntry, write_history
 from app.redis_client import Script, StateStore
-from watchdog import sweep
+from watchdog import kept_columns
 
 BOOKING_GAPS: Final = (
     "read | commit",
@@ -59,7 +59,12 @@ GAPS: Final[dict[str, tuple[str, ...]]] = {
 }
 """Every pair of steps, by what is being done."""
 
-_BEFORE_SCRIPT: Final = {"commit": "read | commit", "mark": "read | accept", "breach": "chunk | breach"}
+_BEFORE_SCRIPT: Final = {
+    "commit": "read | commit",
+    "mark": "read | accept",
+    "changed_rows": "marks | chunk",
+    "breach": "chunk | breach",
+}
 _AFTER_SCRIPT: Final = {"commit": "commit | outbox", "mark": "accept | answer", "breach": "breach | outbox"}
 
 
@@ -196,7 +201,7 @@ def wrapped_calls(weather: Weather) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StateStore, "run", stepped_run)
         patch.setattr(outbox, "write_history", stepped_write)
-        patch.setattr(sweep, "read_chunk", stepped_chunk)
+        patch.setattr(kept_columns, "read_chunk", stepped_chunk)
         patch.setattr(AsyncConnection, "commit", stepped_commit)
         patch.setattr(restore, "restore_some", before("compared | accounts", restore.restore_some))
         patch.setattr(restore, "restore_operations", before("accounts | operations", restore.restore_operations))
