@@ -62,6 +62,38 @@ async def post_trade(trade: schemas.TradeRequest, request: Request) -> Response:
     return _booked(booked)
 
 
+@router.get(
+    "/positions/{account_id}",
+    summary="Show an account and its positions",
+    tags=["risk"],
+    openapi_extra=needs("read", account_keys=True),
+    responses={
+        200: {"model": schemas.AccountReport, "description": "The account at the live marks"},
+        **{status: PROBLEMS[status] for status in (404, 422, 503)},
+    },
+)
+async def get_positions(account_id: AccountPath, request: Request) -> Response:
+    """One account, computed from its record and the live marks."""
+    to = services(request)
+    bind_contextvars(account_id=account_id)
+    caller_of(request).reach.require(account_id)
+    try:
+        snapshot = await to.booking.read(account_id)
+        account = to.booking.parse(snapshot)
+    except errors.AccountQuarantined:
+        return json_response({**reports.quarantined_summary(account_id), "positions": []})
+    market = to.booking.market(snapshot)
+    return json_response(
+        reports.account_report(
+            account,
+            contracts=market.contracts,
+            prices={symbol: mark.price for symbol, mark in market.marks.items()},
+            breach=snapshot.breach,
+            restore_at=to.settings.restore_at,
+        )
+    )
+
+
 @router.post(
     "/mark-price",
     summary="Set a mark price",
@@ -128,41 +160,10 @@ def _booked(booked: Booked) -> Response:
     return json_response(booked.answer, 201)
 
 
-@router.get(
-    "/positions/{account_id}",
-    summary="Show an account and its positions",
-    tags=["risk"],
-    openapi_extra=needs("read", account_keys=True),
-    responses={
-        200: {"model": schemas.AccountReport, "description": "The account at the live marks"},
-        **{status: PROBLEMS[status] for status in (404, 422, 503)},
-    },
-)
-async def get_positions(account_id: AccountPath, request: Request) -> Response:
-    """One account, computed from its record and the live marks."""
-    to = services(request)
-    bind_contextvars(account_id=account_id)
-    caller_of(request).reach.require(account_id)
-    try:
-        snapshot = await to.booking.read(account_id)
-        account = to.booking.parse(snapshot)
-    except errors.AccountQuarantined:
-        return json_response({**reports.quarantined_summary(account_id), "positions": []})
-    market = to.booking.market(snapshot)
-    return json_response(
-        reports.account_report(
-            account,
-            contracts=market.contracts,
-            prices={symbol: mark.price for symbol, mark in market.marks.items()},
-            breach=snapshot.breach,
-            restore_at=to.settings.restore_at,
-        )
-    )
-
-
 ROUTES = [
     route
     for each in (router, *(resource.router for resource in (margin_report, history, halting, health)))
     for route in each.routes
 ]
-"""Every route, side by side: a router within a router is searched twice a request, which costs a tenth of a trade."""
+"""Every route, side by side and the busiest first: a router within a router is searched twice a request, which costs a
+tenth of a trade."""

@@ -23,6 +23,8 @@ COMMANDS_PER_PIPELINE_MAX: Final = 256
 PIPELINES_MAX: Final = 2
 """Two in flight: while one is answered the next is sent; what comes meanwhile makes the batches larger."""
 
+DEFERRED_SECONDS_MAX: Final = 0.02
+
 Command = tuple[str | bytes | float, ...]
 
 
@@ -48,6 +50,7 @@ class Batcher:
         self._waiting: deque[tuple[Command, asyncio.Future[Any]]] = deque()
         self._to_replicate: set[asyncio.Future[Any]] = set()
         self._scheduled = False
+        self._deferral: asyncio.TimerHandle | None = None
         self._pipelines: set[asyncio.Task[None]] = set()
         self.last_seconds = 0.0
         """How long the newest pipeline took, or was waited for."""
@@ -72,6 +75,15 @@ class Batcher:
             loop.call_soon(self._flush)
         return answer
 
+    def defer(self, *command: str | bytes | float) -> asyncio.Future[Any]:
+        """As ``execute``, for what nobody waits for: it goes with the next pipeline, or with its own after a while."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Any] = loop.create_future()
+        self._waiting.append((command, answer))
+        if self._deferral is None:
+            self._deferral = loop.call_later(DEFERRED_SECONDS_MAX, self._flush)
+        return answer
+
     async def evaluate(
         self,
         sha: str,
@@ -91,12 +103,16 @@ class Batcher:
             return await self.execute(*call, replicated=replicated)
 
     async def close(self) -> None:
-        """Wait for the pipelines in flight."""
+        """Send what was deferred, and wait for the pipelines in flight."""
+        self._flush()
         while self._pipelines:
             await asyncio.gather(*self._pipelines, return_exceptions=True)
 
     def _flush(self) -> None:
         self._scheduled = False
+        if self._deferral is not None:
+            self._deferral.cancel()
+            self._deferral = None
         while self._waiting and len(self._pipelines) < PIPELINES_MAX:
             size = min(len(self._waiting), COMMANDS_PER_PIPELINE_MAX)
             batch = [self._waiting.popleft() for _ in range(size)]

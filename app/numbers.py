@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-from decimal import Context, Decimal, DivisionByZero, Inexact, InvalidOperation, Overflow, localcontext
+from decimal import Context, Decimal, DivisionByZero, Inexact, InvalidOperation, Overflow, getcontext, localcontext
 from typing import Final, ParamSpec, TypeVar
 
 DECIMAL_PLACES: Final = 8
@@ -24,10 +24,16 @@ Result = TypeVar("Result")
 
 
 def exact(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Run ``function`` in the EXACT context: a rounding nobody asked for raises ``decimal.Inexact``."""
+    """Run ``function`` in the EXACT context: a rounding nobody asked for raises ``decimal.Inexact``.
+
+    Where an exact function has called it, that context is there already: entering one costs as much as a small sum.
+    """
 
     @functools.wraps(function)
     def in_exact_context(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        context = getcontext()
+        if context.prec == EXACT.prec and context.traps[Inexact]:
+            return function(*args, **kwargs)
         with localcontext(EXACT):
             return function(*args, **kwargs)
 

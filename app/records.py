@@ -13,6 +13,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any, Final
 
 from app import errors
@@ -25,6 +26,9 @@ UNIT: Final = struct.Struct("<q")
 """One value of a column: a little-endian int64 in units of 1e-8."""
 
 NOTHING: Final = UNIT.pack(0)
+
+POSITIONS_REMEMBERED: Final = 16_384
+"""Of the positions decoded last; about half a kilobyte each."""
 
 
 class RecordError(ValueError):
@@ -180,8 +184,7 @@ def snapshot_from(account_id: str, symbols: Sequence[str], answer: Sequence[Any]
         mark_texts={symbol: tuple(item[:3]) for symbol, item in zip(symbols, marks, strict=True)},
         ledger_balance=ledger_balance,
         ledger_positions={
-            symbol: (row[: UNIT.size], row[UNIT.size :])
-            for symbol, row in zip(symbols, ledger_positions, strict=True)
+            symbol: (row[: UNIT.size], row[UNIT.size :]) for symbol, row in zip(symbols, ledger_positions, strict=True)
         },
     )
 
@@ -196,20 +199,26 @@ def parse_account(
         contract = contracts.get(symbol)
         if contract is None:
             raise RecordError(f"positions:{account_id} has a field {symbol[:64]!r}, which is no symbol")
-        position = decode_position(text, contract, where=f"positions:{account_id} {symbol}")
+        try:
+            position = decode_position(text, contract)
+        except RecordError as error:
+            raise RecordError(f"positions:{account_id} {symbol} {error}") from error
         if position != FLAT:
             positions[symbol] = position
-    where = f"account:{account_id}:balance"
-    balance = _number(balance_text, where=where)
-    if abs(balance) > AMOUNT_LIMIT or not is_multiple(balance, SMALLEST_UNIT):
-        raise RecordError(f"{where} is beyond {AMOUNT_LIMIT:f} or has more than 8 decimals")
+    try:
+        balance = _number(balance_text)
+    except RecordError as error:
+        raise RecordError(f"account:{account_id}:balance {error}") from error
+    if balance.copy_abs() > AMOUNT_LIMIT or not is_multiple(balance, SMALLEST_UNIT):
+        raise RecordError(f"account:{account_id}:balance is beyond {AMOUNT_LIMIT:f} or has more than 8 decimals")
     return Account(account_id, balance=balance, positions=positions)
 
 
+@lru_cache(maxsize=64)
 def parse_mark(text: bytes | None, contract: Contract) -> Decimal | None:
-    """The mark that ``text`` spells, or None where it cannot be one."""
+    """The mark that ``text`` spells, or None where it cannot be one. Between two marks every read finds the same."""
     try:
-        price = _number(text or b"", where="mark")
+        price = _number(text or b"")
     except RecordError:
         return None
     return price if 0 < price <= contract.price_max and is_multiple(price, SMALLEST_UNIT) else None
@@ -224,41 +233,48 @@ def encode_position(position: Position) -> str:
     )
 
 
+@lru_cache(maxsize=POSITIONS_REMEMBERED)
 @exact
-def decode_position(text: bytes, contract: Contract, *, where: str) -> Position:
-    """The position that ``text`` spells; without ``cost`` it is ``quantity x avg_price``. Raises ``RecordError``."""
+def decode_position(text: bytes, contract: Contract) -> Position:
+    """The position that ``text`` spells; without ``cost`` it is ``quantity x avg_price``. Raises ``RecordError``.
+
+    What was read before is not parsed again: an account is read more often than it trades.
+    """
     try:
-        written = json.loads(text, parse_float=str, parse_int=str, parse_constant=_refuse_constant)
+        written = _POSITION_JSON.decode(text.decode())
     except (ValueError, RecursionError) as error:
-        raise RecordError(f"{where} is not JSON") from error
+        raise RecordError("is not JSON") from error
     if not isinstance(written, dict) or "quantity" not in written or not ({"cost", "avg_price"} & written.keys()):
-        raise RecordError(f"{where} lacks quantity and avg_price or cost")
-    quantity = _number(written["quantity"], where=where)
+        raise RecordError("lacks quantity and avg_price or cost")
+    quantity = _number(written["quantity"])
     # The position limit is for what opens: a position from before it was lowered is read, and can be reduced.
     if abs(quantity) > QUANTITY_MAX or not is_multiple(quantity, contract.lot_size):
-        raise RecordError(f"{where} has a quantity off the lot or beyond {QUANTITY_MAX:f}")
+        raise RecordError(f"has a quantity off the lot or beyond {QUANTITY_MAX:f}")
     if "cost" in written:
-        cost = _number(written["cost"], where=where)
+        cost = _number(written["cost"])
     else:
-        average_price = _number(written["avg_price"], where=where)
+        average_price = _number(written["avg_price"])
         if abs(average_price) > contract.price_max:
-            raise RecordError(f"{where} has an average price beyond {contract.price_max:f}")
+            raise RecordError(f"has an average price beyond {contract.price_max:f}")
         cost = margin.divide_half_even(quantity * average_price, Decimal(1))
     if abs(cost) > AMOUNT_LIMIT or not is_multiple(cost, SMALLEST_UNIT) or (not quantity and cost):
-        raise RecordError(f"{where} has a cost that cannot be kept")
+        raise RecordError("has a cost that cannot be kept")
     return Position(quantity=quantity, cost=cost)
 
 
-def _number(value: object, *, where: str) -> Decimal:
+def _number(value: object) -> Decimal:
     if isinstance(value, bytes):
         value = value.decode(errors="replace")
     try:
         if not isinstance(value, str):
-            raise RecordError(f"{where} is not a number")
+            raise RecordError("is not a number")
         return parse_decimal(value)
     except ValueError as error:
-        raise RecordError(f"{where} is not a number") from error
+        raise RecordError("is not a number") from error
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(name)
+
+
+_POSITION_JSON: Final = json.JSONDecoder(parse_float=str, parse_int=str, parse_constant=_refuse_constant)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from decimal import Context, Decimal, DivisionByZero, InvalidOperation, localcontext
+from decimal import Context, Decimal, DivisionByZero, InvalidOperation
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar, overload
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ Flags: TypeAlias = "NDArray[np.bool_]"
 Amount = TypeVar("Amount", Decimal, "NDArray[np.float64]")
 
 _DIVISION: Final = Context(prec=80, traps=[InvalidOperation, DivisionByZero])
+_ONE: Final = Decimal(1)
+_TWO: Final = Decimal(2)
 
 
 def notional(*, quantity: Amount, mark_price: Amount) -> Amount:
@@ -78,7 +80,8 @@ NO_EXPOSURE: Exposure[Decimal] = Exposure(
 
 def total_exposure(exposures: Iterable[Exposure[Decimal]]) -> Exposure[Decimal]:
     """The sum of an account's exposures; none is ``NO_EXPOSURE``."""
-    return sum(exposures, start=NO_EXPOSURE)
+    remaining = iter(exposures)
+    return sum(remaining, start=next(remaining, NO_EXPOSURE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +141,12 @@ def divide_half_even(dividend: Decimal, divisor: Decimal, *, places: int = 8) ->
     """
     if not divisor:
         raise ZeroDivisionError(f"{dividend} / {divisor}")
-    with localcontext(_DIVISION):
-        whole, remainder = divmod(abs(dividend).scaleb(places), abs(divisor))
-        twice = 2 * remainder
-        if twice > abs(divisor) or (twice == abs(divisor) and whole % 2):
-            whole += 1
-        return (whole if (dividend < 0) == (divisor < 0) else -whole).scaleb(-places)
+    size = divisor.copy_abs()
+    whole, remainder = _DIVISION.divmod(_DIVISION.scaleb(dividend.copy_abs(), places), size)
+    twice = _DIVISION.add(remainder, remainder)
+    if twice > size or (twice == size and _DIVISION.remainder(whole, _TWO)):
+        whole = _DIVISION.add(whole, _ONE)
+    return _DIVISION.scaleb(whole if (dividend < 0) == (divisor < 0) else _DIVISION.minus(whole), -places)
 
 
 def average_price(*, quantity: Decimal, cost: Decimal) -> Decimal:

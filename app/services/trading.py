@@ -298,7 +298,7 @@ def _account_after(account: Account, symbol: str, fill: Fill) -> Account:
     positions = {**account.positions, symbol: fill.position}
     if not fill.position.quantity:
         del positions[symbol]
-    return replace(account, balance=account.balance + fill.realised_pnl, positions=positions)
+    return Account(account.account_id, account.balance + fill.realised_pnl, positions)
 
 
 def _symbols_valued(account: Account, traded: str | None) -> list[str]:

@@ -61,7 +61,7 @@ def test_what_is_written_is_read_again_and_agrees(world: World) -> None:
 def test_a_position_is_written_in_one_way(world: World) -> None:
     for symbol, held in world.account.positions.items():
         text = encode_position(held)
-        decoded = decode_position(text.encode(), CONTRACTS[symbol], where="here")
+        decoded = decode_position(text.encode(), CONTRACTS[symbol])
         assert decoded == held
         assert encode_position(decoded) == text
         assert list(json.loads(text)) == ["quantity", "avg_price", "cost"]
@@ -90,7 +90,7 @@ def test_a_position_is_read_within_its_limits_or_refused_by_one_name(
     quote = '"' if quoted else ""
     text = f'{{"quantity": {quote}{quantity}{quote}, "{name}": {quote}{other}{quote}}}'
     try:
-        held = decode_position(text.encode(), CONTRACTS[BTC], where="here")
+        held = decode_position(text.encode(), CONTRACTS[BTC])
     except RecordError:
         return
     _holds(CONTRACTS[BTC], held.quantity, held.cost)
@@ -118,7 +118,7 @@ json_values: st.SearchStrategy[Any] = st.recursive(
 @example(b'{"quantity": 1, "cost": 1e9999}')
 def test_any_bytes_are_a_position_or_refused_by_one_name(text: bytes) -> None:
     try:
-        held = decode_position(text, CONTRACTS[BTC], where="here")
+        held = decode_position(text, CONTRACTS[BTC])
     except RecordError:
         return
     _holds(CONTRACTS[BTC], held.quantity, held.cost)

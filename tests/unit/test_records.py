@@ -35,7 +35,7 @@ from tests.unit.cast import (
 
 
 def decoded(text: str | bytes) -> Position:
-    return decode_position(text.encode() if isinstance(text, str) else text, CONTRACTS[BTC], where="the field")
+    return decode_position(text.encode() if isinstance(text, str) else text, CONTRACTS[BTC])
 
 
 def parsed(balance: str | bytes, *fields: str) -> Account:
@@ -135,8 +135,8 @@ def test_a_balance_that_is_no_number_is_unreadable_and_named(number: str) -> Non
 @pytest.mark.parametrize("template", ['{{"quantity": {}, "avg_price": "1"}}', '{{"quantity": "1", "cost": {}}}'])
 def test_a_position_with_a_text_that_is_no_number_is_unreadable_and_named(template: str, number: str) -> None:
     quoted = f'"{number}"'
-    with pytest.raises(RecordError, match="the field"):
-        decoded(template.format(quoted))
+    with pytest.raises(RecordError, match="positions:alice BTC-PERP"):
+        parsed("10", BTC, template.format(quoted))
 
 
 @pytest.mark.parametrize(
@@ -156,8 +156,8 @@ def test_a_position_with_a_text_that_is_no_number_is_unreadable_and_named(templa
     ],
 )
 def test_a_position_with_a_json_value_that_is_no_number_is_unreadable(template: str, value: str) -> None:
-    with pytest.raises(RecordError, match="the field"):
-        decoded(template.format(value))
+    with pytest.raises(RecordError, match="positions:alice BTC-PERP"):
+        parsed("10", BTC, template.format(value))
 
 
 @pytest.mark.parametrize(
@@ -170,8 +170,9 @@ def test_a_position_with_a_json_value_that_is_no_number_is_unreadable(template: 
     ids=lambda text: repr(text)[:24],
 )  # fmt: skip
 def test_a_position_that_is_no_object_of_the_right_members_is_unreadable(text: str | bytes) -> None:
-    with pytest.raises(RecordError, match="the field"):
-        decoded(text)
+    packed = text.encode() if isinstance(text, str) else text
+    with pytest.raises(RecordError, match="positions:alice BTC-PERP"):
+        parse_account("alice", b"10", [BTC.encode(), packed], CONTRACTS)
 
 
 @pytest.mark.parametrize(
@@ -186,14 +187,14 @@ def test_a_position_that_is_no_object_of_the_right_members_is_unreadable(text: s
 )
 def test_a_position_whose_numbers_are_too_long_to_multiply_is_unreadable_like_any_other(text: str) -> None:
     """Anything else than ``RecordError`` ends the sweep, the audit or the request that meets it."""
-    with pytest.raises(RecordError, match="the field"):
-        decoded(text)
+    with pytest.raises(RecordError, match="positions:alice BTC-PERP"):
+        parsed("10", BTC, text)
 
 
 def test_a_number_that_is_nearly_nothing_is_off_the_lot_and_off_the_unit() -> None:
     for text in ('{"quantity": 1e-99, "cost": "1"}', '{"quantity": "1", "cost": 1e-99}'):
-        with pytest.raises(RecordError, match="the field"):
-            decoded(text)
+        with pytest.raises(RecordError, match="positions:alice BTC-PERP"):
+            parsed("10", BTC, text)
     assert decoded('{"quantity": "1", "avg_price": 1e-99}').cost == 0
 
 
