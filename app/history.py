@@ -78,7 +78,8 @@ _INSERT: Final = {
     kind: f"INSERT INTO {model.__tablename__} ({_columns(model)}) "  # noqa: S608
     f"SELECT {_columns(model)} FROM jsonb_to_recordset($1::text::jsonb) AS row ({_typed_columns(model)}) "
     "WHERE $2::bigint IS NULL OR (SELECT max(newest.epoch) FROM epochs AS newest) = $2::bigint "
-    "ON CONFLICT (id) DO NOTHING RETURNING id"
+    # Of two writers of one row the later may meet any of its unique indexes first, not only that of the id.
+    "ON CONFLICT DO NOTHING RETURNING id"
     for kind, model in HISTORY.items()
 }
 _BEGIN_FENCED: Final = f"BEGIN; SELECT pg_advisory_xact_lock_shared({FENCE_LOCK})"

@@ -70,7 +70,7 @@ async def watch(settings: Settings) -> None:
 
     async def audit_unless_unavailable() -> None:
         try:
-            await audit.step()
+            await audit.step(give_way=sweeper.idle)
         except (errors.Unavailable, RedisError, OSError) as error:
             log.warning("no audit", reason=str(error))
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import structlog
@@ -31,6 +32,10 @@ CHECKED_AT_ONCE: Final = 25
 log = structlog.get_logger(__name__)
 
 
+async def _go_on() -> None:
+    """Nothing is more urgent."""
+
+
 class Audit:
     """Walks the accounts for one watchdog."""
 
@@ -42,8 +47,8 @@ class Audit:
         self._scan_cursor = 0
         self._quarantined_turn = 0
 
-    async def step(self) -> None:
-        """One bounded piece of both walks."""
+    async def step(self, *, give_way: Callable[[], Awaitable[None]] = _go_on) -> None:
+        """One bounded piece of both walks; whatever is more urgent comes first, a few accounts at a time."""
         by_slot = await self._client.lrange(
             keys.ACCOUNTS, self._next_slot, self._next_slot + self._accounts_per_step - 1
         )
@@ -56,6 +61,7 @@ class Audit:
         in_order = sorted(names)
         for first in range(0, len(in_order), CHECKED_AT_ONCE):
             some = in_order[first : first + CHECKED_AT_ONCE]
+            await give_way()
             await asyncio.gather(*(self._check(name, was_quarantined=name in quarantined) for name in some))
 
     async def _made_by_hand(self) -> list[str]:

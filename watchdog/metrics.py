@@ -149,7 +149,8 @@ def show_settings(settings: Settings) -> None:
 def show_bands(swept: Swept) -> None:
     """Set the gauges of the margin ratio's bands. In float64: they decide nothing.
 
-    Not part of :func:`show`: for a million accounts it takes milliseconds, which a scrape has and a sweep has not.
+    Not part of :func:`show`: for a million accounts it takes milliseconds, which a scrape has and a sweep has not. A
+    scrape leaves it to a thread: rows that change meanwhile are counted in one band or another.
     """
     counts = dict.fromkeys([*MARGIN_RATIO_BANDS, "above_1"], 0)
     for chunk, screened in swept.chunks:

@@ -24,7 +24,7 @@ from app.services import reports
 if TYPE_CHECKING:
     from watchdog.sweep import Swept
 
-ACCOUNTS_PER_CALL: Final = 100
+ACCOUNTS_PER_CALL: Final = 50
 PAUSE_SECONDS: Final = 0.25
 GIVE_WAY_SECONDS: Final = 1
 ROWS_AT_ONCE: Final = 131_072

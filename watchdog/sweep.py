@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -32,6 +32,7 @@ from watchdog.kept_columns import KeptColumns, adopted_marks
 from watchdog.refresh import Refresher
 
 LEFT_OVER_READ_AT_ONCE: Final = 1_000
+GIVE_WAY_SECONDS: Final = 0.2
 RECORDING_AT_ONCE: Final = 8
 """Pieces of verdicts whose rows are on their way to Postgres: more would only wait there until they seem unanswered."""
 
@@ -91,6 +92,8 @@ class Sweeper:
         self._asked = asyncio.Event()
         # Of the sweep that has not begun yet: one that runs has taken its own away.
         self._finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._idle = asyncio.Event()
+        self._idle.set()
         self.swept: Swept | None = None
         self.last_success = time.monotonic()
         self.last_sign_of_life = time.monotonic()
@@ -100,6 +103,13 @@ class Sweeper:
         """Ask for a sweep of everything that is true now."""
         self._triggers.add(trigger)
         self._asked.set()
+        self._idle.clear()
+
+    async def idle(self) -> None:
+        """Wait, for a while, until no sweep runs or is asked for: what is less urgent shares its loop and its Redis."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(GIVE_WAY_SECONDS):
+                await self._idle.wait()
 
     async def request(self, trigger: str) -> None:
         """Ask for a sweep, and wait until one that began afterwards has ended, well or not."""
@@ -132,6 +142,8 @@ class Sweeper:
                     metrics.SWEEPS.labels(trigger, result).inc()
                 metrics.STATE_WRITABLE.set(result != "unavailable")
                 finished.set_result(None)
+                if not self._asked.is_set():
+                    self._idle.set()
             if result == "ok" and self.swept is not None:
                 await self._refresh(self.swept)
 

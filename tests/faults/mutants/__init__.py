@@ -45,7 +45,7 @@ MUTANTS: Final = (
         "F2",
         "test_f02 and committed",
         "app/history.py",
-        '"ON CONFLICT (id) DO NOTHING RETURNING id"',
+        '"ON CONFLICT DO NOTHING RETURNING id"',
         '"RETURNING id"',
         "a row that is there already is an error",
     ),
