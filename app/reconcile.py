@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
-from redis.exceptions import WatchError
+from redis.exceptions import ResponseError, WatchError
 from sqlalchemy import func, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from app.embedded import Stores
 
 RECONCILE_INTERVAL_SECONDS: Final = 0.5
+REWRITE_POLL_SECONDS: Final = 0.02
 HELD_ROWS_SECONDS: Final = 4.0
 """Two statements' time: a process that lives has written what it holds, or has given up."""
 
@@ -97,6 +98,7 @@ async def reconcile(store: StateStore, engine: AsyncEngine, settings: Settings) 
     Accounts of which Redis lost the newest changes are rolled forward from their rows of history. Raises
     ``StateMissing`` when Redis came up empty: that takes a ``rebuild``.
     """
+    await renew_append_only_file(store)
     await wait_for_held_rows(store, engine)
     async with engine.begin() as connection:
         await lock_history(connection)
@@ -112,6 +114,33 @@ async def reconcile(store: StateStore, engine: AsyncEngine, settings: Settings) 
             await _roll_forward(store, connection, settings, last_id=last_id, recorded=recorded)
         await advance_epoch(store, connection, token=token, reason=f"Redis restarted as {run_id}", run_id=run_id)
     log.info("reconciled with history", last_id=last_id, recorded=recorded)
+
+
+async def renew_append_only_file(store: StateStore) -> None:
+    """Have Redis write its file anew, from what it holds, before anything is added to it.
+
+    A Redis whose last write was torn cuts its file off, and may do so within a transaction (6.2 and 7.0 do). It has not
+    carried out the half that stays, but its next start will, with the first transaction written after it: a trade that
+    nobody was told of would come back in pieces, under an id that another has by then. Raises ``StateUnreconciled``.
+    """
+    try:
+        if not (await store.client.info("persistence"))["aof_enabled"]:
+            return
+        if (await store.client.info("replication"))["second_repl_offset"] >= 0:
+            return  # a replica that was promoted has loaded no file
+        await store.client.bgrewriteaof()
+    except ResponseError as error:
+        # One is under way; or the file is not ours to rewrite.
+        if "in progress" not in str(error):
+            log.warning("Redis does not let its file be written anew", reason=str(error))
+            return
+    while True:
+        found = await store.client.info("persistence")
+        if not found["aof_rewrite_in_progress"] and not found["aof_rewrite_scheduled"]:
+            break
+        await asyncio.sleep(REWRITE_POLL_SECONDS)
+    if found["aof_last_bgrewrite_status"] != "ok":
+        raise errors.StateUnreconciled("Redis cannot write its file anew", reason="state_unreconciled")
 
 
 async def wait_for_held_rows(store: StateStore, engine: AsyncEngine) -> None:

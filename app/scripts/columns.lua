@@ -22,8 +22,7 @@ for i = 5, #KEYS, 3 do
   if bytes < made then short[#short + 1] = i end
 end
 
--- Without any change noted every row counts as changed.
-redis.call('DEL', KEYS[4])
+forget_changes(KEYS[4])
 for _, i in ipairs(short) do
   redis.call('SET', KEYS[i], redis.call('GET', KEYS[i + 1]))
   local opened = ARGV[(i + 4) / 3]

@@ -104,6 +104,17 @@ local function note_changes(changed_key, bytes, slots)
   redis.call('SETRANGE', changed_key, bytes, slots)
 end
 
+-- Without a note of what changed, every row counts as changed: the numbers go on beyond whatever a sweep knows.
+local function forget_changes(changed_key)
+  local bytes, bad = read('STRLEN', changed_key)
+  if bad or bytes == 0 or bytes % 8 ~= 0 then
+    redis.call('DEL', changed_key)
+    return
+  end
+  local before = struct.unpack('<i8', redis.call('GETRANGE', changed_key, 0, 7))
+  redis.call('SET', changed_key, struct.pack('<i8', before + bytes / 8))
+end
+
 -- Whether the user's keys hold exactly this balance and these fields. Compared as text: nothing is parsed.
 local function record_is(balance_key, positions_key, balance, fields)
   if (redis.call('GET', balance_key) or '') ~= balance then return false end
