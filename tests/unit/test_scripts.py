@@ -148,7 +148,7 @@ def test_commands_that_add_are_used_on_counters_only() -> None:
 
 @pytest.mark.parametrize("name", sorted(set(SCRIPTS) - {"guard"}))
 def test_a_script_that_writes_a_row_notes_its_slot(name: str) -> None:
-    """Sweeps read only what is noted. ``columns`` puts whole columns in place and forgets all notes: then all rows are read."""
+    """Sweeps read only what is noted. ``columns`` puts whole columns in place and forgets the notes."""
     source = SCRIPTS[name]
     notes = "note_changes(" in source
     assert notes is ("'SETRANGE'" in source)
