@@ -48,8 +48,8 @@ sbom: environment  ## write the list of what is shipped to sbom.cdx.json (Cyclon
 e2e: environment  ## run the long tests: whole replays through real processes
 	$(BIN)/pytest -m e2e --numprocesses 2 --dist loadfile
 
-# Three processes, for most rows wait more than they work; the simulation goes first because it takes longest.
-FAULTS := tests/faults/test_simulation_at_length.py tests/faults --numprocesses 3 --dist load --maxschedchunk 1
+# Three processes, for most rows wait more than they work.
+FAULTS := tests/faults --numprocesses 3 --dist load --maxschedchunk 1
 
 faults: environment  ## kill, stall and damage everything, and write the table into docs/reliability.md
 	PLIMSOLL_FAULTS_TABLE=docs/reliability.md $(BIN)/pytest -m faults $(FAULTS)

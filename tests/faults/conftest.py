@@ -26,6 +26,7 @@ SHORT: Final = os.environ.get("PLIMSOLL_FAULTS_ROUNDS") == "short"
 SEED: Final = int(os.environ.get("PLIMSOLL_FAULTS_SEED") or SystemRandom().randrange(10**6))
 TABLE: Final = os.environ.get("PLIMSOLL_FAULTS_TABLE")
 TEST_SECONDS_MAX: Final = 400
+LONGEST: Final = "test_simulation_at_length.py"
 
 # Tests may run in several processes at once: all of them draw from one seed.
 os.environ["PLIMSOLL_FAULTS_SEED"] = str(SEED)
@@ -37,11 +38,15 @@ _numbers = itertools.count(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything in this folder is a fault test, and may take its time."""
+    """Everything in this folder is a fault test, and may take its time.
+
+    What takes longest goes first, or the other processes would wait for it at the end.
+    """
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.faults)
             item.add_marker(pytest.mark.timeout(TEST_SECONDS_MAX))
+    items.sort(key=lambda item: item.path.name != LONGEST)
 
 
 def pytest_report_header() -> str:

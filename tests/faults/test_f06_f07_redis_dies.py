@@ -72,9 +72,12 @@ def _append_only_file(running: Cell) -> Path:
 
 
 def _cut(running: Cell, first: int, random: Random) -> int:
-    """Cut the file anywhere after ``first``; how many bytes that took away."""
+    """Cut the file anywhere after ``first``; how many bytes that took away.
+
+    One that was written anew since, and is shorter, stays whole: where its last second begins nobody can tell.
+    """
     path = _append_only_file(running)
     size = path.stat().st_size
-    offset = random.randint(first, size)
+    offset = random.randint(min(first, size), size)
     os.truncate(path, offset)
     return size - offset
