@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any, Literal
 
-from app.database import format_timestamp
-from app.history import timestamp_of
+from app.history import timestamp_text
 from app.numbers import EXACT, format_decimal
-from app.services.margin import AccountMargin, average_price
-from app.services.trading import TradeOrder, TransferOrder
+from app.records import PositionTexts, position_texts
+from app.services.margin import AccountMargin
+from app.services.trading import Position, TradeOrder, TransferOrder
 
 RowKind = Literal["trade", "transfer"]
 
@@ -51,36 +51,71 @@ def margin_after(valued: AccountMargin[Decimal] | None) -> dict[str, str | None]
     return {"equity_after": format_decimal(valued.equity), "used_margin_after": format_decimal(valued.used_margin)}
 
 
-def operation_answer(
-    kind: RowKind, account_id: str, *, history_id: int, time_us: int, row: Mapping[str, Any], recorded: bool
+def shown_after(
+    *, equity: Decimal | None, used_margin: Decimal | None, position: PositionTexts | None
 ) -> dict[str, Any]:
-    """The body of the 201, and of every 200 that repeats it."""
+    """The members of an answer that its row says only together: what follows from the numbers in it."""
+    shown: dict[str, Any] = {"free_margin": None}
+    if equity is not None and used_margin is not None:
+        shown["free_margin"] = format_decimal(EXACT.subtract(equity, used_margin))
+    if position is not None:
+        shown["position"] = {"quantity": position.quantity, "avg_price": position.average_price}
+    return shown
+
+
+def shown_of_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """``shown_after`` of a row of history."""
     equity, used_margin = row["equity_after"], row["used_margin_after"]
-    free_margin = None
-    if equity is not None:
-        free_margin = format_decimal(EXACT.subtract(Decimal(equity), Decimal(used_margin)))
-    head = {"account_id": account_id, "timestamp": format_timestamp(timestamp_of(time_us)), **content_of(kind, row)}
-    margin = {
-        "balance": row["balance_after"],
-        "equity": equity,
-        "used_margin": used_margin,
-        "free_margin": free_margin,
-        "recorded": recorded,
-    }
+    return shown_after(
+        equity=None if equity is None else Decimal(equity),
+        used_margin=None if used_margin is None else Decimal(used_margin),
+        position=position_texts(Position(Decimal(row["quantity_after"]), Decimal(row["cost_after"])))
+        if "quantity_after" in row
+        else None,
+    )
+
+
+def operation_answer(
+    kind: RowKind,
+    account_id: str,
+    *,
+    history_id: int,
+    time_us: int,
+    row: Mapping[str, Any],
+    shown: Mapping[str, Any],
+    recorded: bool,
+) -> dict[str, Any]:
+    """The body of the 201, and of every 200 that repeats it; ``shown`` is what ``shown_of_row`` makes of ``row``."""
+    timestamp = timestamp_text(time_us)
     if kind == "transfer":
-        return {"transfer_id": history_id, "client_transfer_id": row["client_transfer_id"], **head, **margin}
+        return {
+            "transfer_id": history_id,
+            "client_transfer_id": row["client_transfer_id"],
+            "account_id": account_id,
+            "timestamp": timestamp,
+            "kind": row["kind"],
+            "amount": row["amount"],
+            "balance": row["balance_after"],
+            "equity": row["equity_after"],
+            "used_margin": row["used_margin_after"],
+            "free_margin": shown["free_margin"],
+            "recorded": recorded,
+        }
     return {
         "trade_id": history_id,
         "client_trade_id": row["client_trade_id"],
-        **head,
+        "account_id": account_id,
+        "timestamp": timestamp,
+        "symbol": row["symbol"],
+        "side": row["side"],
+        "quantity": row["quantity"],
+        "price": row["price"],
         "mark_price": row["mark_price"],
         "realised_pnl": row["realised_pnl"],
-        "position": _position(Decimal(row["quantity_after"]), Decimal(row["cost_after"])),
-        **margin,
+        "position": shown["position"],
+        "balance": row["balance_after"],
+        "equity": row["equity_after"],
+        "used_margin": row["used_margin_after"],
+        "free_margin": shown["free_margin"],
+        "recorded": recorded,
     }
-
-
-def _position(quantity: Decimal, cost: Decimal) -> dict[str, str | None]:
-    """A position in an answer; a flat one has no average price."""
-    average = format_decimal(average_price(quantity=quantity, cost=cost)) if quantity else None
-    return {"quantity": format_decimal(quantity), "avg_price": average}

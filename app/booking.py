@@ -11,7 +11,6 @@ import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import Any, Final, Literal
 
 import orjson
@@ -21,25 +20,24 @@ from redis.exceptions import RedisError
 from app import answers, errors, metrics
 from app import redis_client as keys
 from app.column_repair import ColumnRepair
+from app.commit import Change, Commits, Moved
 from app.config import Settings
 from app.contracts import Contract
-from app.evidence import recovery_body, shown_record
-from app.history import HistoryEntry
+from app.evidence import shown_record
 from app.marks import MarkBook
 from app.numbers import format_decimal
 from app.outbox import Outbox
-from app.recent import Basis, KnownAccount, Recent
-from app.records import NOTHING, RecordError, Snapshot, encode_position, pack, snapshot_from
+from app.recent import Basis
+from app.records import RecordError, Snapshot, keys_of_symbols, position_texts, snapshot_from
 from app.redis_client import StateStore
 from app.services import trading
-from app.services.margin import AccountMargin
-from app.services.trading import FLAT, Account, Market, Position, TradeOrder, TransferOrder
+from app.services.trading import Account, Market, TradeOrder, TransferOrder
 
 ATTEMPTS_MAX: Final = 200
 """Of n simultaneous commits of one account one wins a round, so this is how many may meet; each round is two calls."""
 
 SLOW_CALL_SECONDS: Final = 0.1
-"""Where a call to Redis takes longer, neither a wrong guess nor many rounds are within a request's time."""
+"""Where a call to Redis takes longer, many rounds are not within a request's time."""
 
 log = structlog.get_logger(__name__)
 
@@ -54,20 +52,6 @@ class Booked:
     answer: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class _Change:
-    """One decided change of an account, ready to commit; ``row`` is what history says of it.
-
-    One that ``adds_risk`` meets the outbox's soft limit.
-    """
-
-    kind: str
-    adds_risk: bool
-    after: Account
-    margin: AccountMargin[Decimal] | None
-    row: dict[str, Any]
-
-
 class Booking:
     """Books trades, transfers and edits by hand for one process."""
 
@@ -78,14 +62,10 @@ class Booking:
         self.contracts: Mapping[str, Contract] = {contract.symbol: contract for contract in settings.contracts}
         self.marks = MarkBook(store, self.contracts, jump_max=settings.mark_jump_max)
         self.column_repair = ColumnRepair(store, self.contracts)
-        self.recent = Recent()
+        self._commits = Commits(store, settings, self.contracts)
+        self._recent = self._commits.recent
         self._symbols = list(self.contracts)
-        self._keys_of_symbols = [key for symbol in self._symbols for key in _symbol_keys(symbol)]
-        self._ledger_positions = [keys.ledger_position(symbol) for symbol in self._symbols]
-        self._columns = {
-            symbol: (keys.quantity_column(symbol), keys.cost_column(symbol), keys.open_positions_key(symbol))
-            for symbol in self.contracts
-        }
+        self._keys_of_symbols = keys_of_symbols(self.contracts)
 
     async def book_trade(self, order: TradeOrder, *, client_trade_id: str | None) -> Booked:
         """Book ``order`` once. Raises the refusal or fault that kept it from being booked."""
@@ -93,24 +73,28 @@ class Booking:
         operation_id = client_trade_id or uuid.uuid4().hex
         content = answers.trade_content(order)
 
-        def decide(account: Account, market: Market) -> _Change:
+        def decide(account: Account, market: Market) -> Change:
             decision = trading.decide_trade(account, order, market)
             position = decision.account.position(order.symbol)
-            return _Change(
+            texts = position_texts(position)
+            margin = decision.margin
+            return Change(
                 kind="trade",
                 adds_risk=bool(decision.fill.opened),
                 after=decision.account,
-                margin=decision.margin,
+                margin=margin,
                 row={
                     **content,
                     "client_trade_id": operation_id,
                     "mark_price": format_decimal(decision.mark_price),
                     "realised_pnl": format_decimal(decision.fill.realised_pnl),
                     "balance_after": format_decimal(decision.account.balance),
-                    "quantity_after": format_decimal(position.quantity),
-                    "cost_after": format_decimal(position.cost),
-                    **answers.margin_after(decision.margin),
+                    "quantity_after": texts.quantity,
+                    "cost_after": texts.cost,
+                    **answers.margin_after(margin),
                 },
+                shown=answers.shown_after(equity=margin.equity, used_margin=margin.used_margin, position=texts),
+                encoded={order.symbol: texts.encoded.encode() if position.quantity else b""},
             )
 
         operation = keys.operation_key("trade", order.account_id, operation_id)
@@ -124,19 +108,25 @@ class Booking:
         operation_id = client_transfer_id or uuid.uuid4().hex
         content = answers.transfer_content(order)
 
-        def decide(account: Account, market: Market) -> _Change:
+        def decide(account: Account, market: Market) -> Change:
             decision = trading.decide_transfer(account, order, market)
-            return _Change(
+            margin = decision.margin
+            return Change(
                 kind="transfer",
                 adds_risk=order.kind == "withdrawal",
                 after=decision.account,
-                margin=decision.margin,
+                margin=margin,
                 row={
                     **content,
                     "client_transfer_id": operation_id,
                     "balance_after": format_decimal(decision.account.balance),
-                    **answers.margin_after(decision.margin),
+                    **answers.margin_after(margin),
                 },
+                shown=answers.shown_after(
+                    equity=margin.equity if margin else None,
+                    used_margin=margin.used_margin if margin else None,
+                    position=None,
+                ),
             )
 
         operation = keys.operation_key(order.kind, order.account_id, operation_id)
@@ -161,7 +151,7 @@ class Booking:
                 keys.COLUMN_BREACH,
                 *self._keys_of_symbols,
             ],
-            [self.store.signature, *self._ledger_positions],
+            [self.store.signature, *self._symbols],
         )
         return snapshot_from(account_id, self._symbols, answer)
 
@@ -208,7 +198,7 @@ class Booking:
         """
         account = self.parse(snapshot)
         before = snapshot.known_account()
-        change = _Change(
+        change = Change(
             kind="adjustment",
             adds_risk=False,
             after=account,
@@ -221,7 +211,7 @@ class Booking:
                 "positions_after": shown_record(account),
             },
         )
-        entries = await self._commit(self.basis(snapshot, before), change, operation="")
+        entries = await self._commits.commit(self.basis(snapshot, before), change, operation="")
         if isinstance(entries, list):
             metrics.ADJUSTMENTS.inc()
             log.warning("adopted an edit by hand", account_id=account.account_id, balance=str(account.balance))
@@ -236,74 +226,64 @@ class Booking:
         operation: str,
         identity: Mapping[str, str],
         content: Mapping[str, str],
-        decide: Callable[[Account, Market], _Change],
-    ) -> Booked:
-        """Book an operation once; a fault on the way carries ``identity``, by which its outcome can be asked for."""
-        try:
-            return await self._attempt(kind, account_id, operation, identity, content, decide)
-        except errors.Unavailable as error:
-            error.members.update(identity)
-            raise
-
-    async def _attempt(
-        self,
-        kind: answers.RowKind,
-        account_id: str,
-        operation: str,
-        identity: Mapping[str, str],
-        content: Mapping[str, str],
-        decide: Callable[[Account, Market], _Change],
+        decide: Callable[[Account, Market], Change],
     ) -> Booked:
         """Decide and commit on what this process knows, if it knows the account; else read first, until it held still.
 
-        What is known is a guess: nothing is refused on it, and the commit compares all that it rests on.
+        What is known is a guess: nothing is refused on it, and the commit compares all that it rests on. A fault on the
+        way carries ``identity``, by which its outcome can be asked for.
         """
-        guess = self.recent.take(account_id) if self.store.batcher.last_seconds < SLOW_CALL_SECONDS else None
-        started = time.monotonic()
-        for _ in range(ATTEMPTS_MAX):
-            slow = self.store.batcher.last_seconds >= SLOW_CALL_SECONDS
-            if slow and time.monotonic() - started > self.store.call_seconds:
-                break
-            basis, guess = guess, None
-            if basis is None:
-                snapshot = await self.read(account_id, operation=operation)
-                if snapshot.operation:
-                    return await self._replayed(kind, account_id, operation, snapshot.operation, content, identity)
-                basis = await self._basis_read(snapshot, creates=content.get("kind") == "deposit")
+        try:
+            guess = self._recent.take(account_id)
+            started, truth = time.monotonic(), None
+            for _ in range(ATTEMPTS_MAX):
+                slow = self.store.batcher.last_seconds >= SLOW_CALL_SECONDS
+                if slow and time.monotonic() - started > self.store.call_seconds:
+                    break
+                basis, guess = guess, None
                 if basis is None:
+                    snapshot = truth or await self.read(account_id, operation=operation)
+                    truth = None
+                    if snapshot.operation:
+                        return await self._replayed(kind, account_id, operation, snapshot.operation, content, identity)
+                    basis = await self._basis_read(snapshot, creates=content.get("kind") == "deposit")
+                    if basis is None:
+                        continue
+                try:
+                    change = decide(basis.account, basis.market)
+                except errors.Refusal:
+                    if basis.guessed:
+                        continue
+                    raise
+                try:
+                    committed = await self._commits.commit(basis, change, operation=operation)
+                except errors.ColumnsShort:
+                    await self._rebuild_columns()
                     continue
-            try:
-                change = decide(basis.account, basis.market)
-            except errors.Refusal:
-                if basis.guessed:
+                if isinstance(committed, bytes):
+                    return await self._replayed(kind, account_id, operation, committed, content, identity)
+                if isinstance(committed, Moved):
+                    truth = committed.snapshot
+                    if truth is None:
+                        metrics.CONFLICTS.inc()
                     continue
-                raise
-            try:
-                committed = await self._commit(basis, change, operation=operation)
-            except errors.ColumnsShort:
-                await self._rebuild_columns()
-                continue
-            if isinstance(committed, bytes):
-                return await self._replayed(kind, account_id, operation, committed, content, identity)
-            if committed is None:
-                if basis.guessed:
-                    self.recent.forget_market()
-                else:
-                    metrics.CONFLICTS.inc()
-                continue
-            recorded = await self.outbox.record(committed)
-            if not recorded:
-                await self._require_booked(operation, committed[0].id)
-            answer = answers.operation_answer(
-                kind,
-                account_id,
-                history_id=committed[0].id,
-                time_us=committed[0].time_us,
-                row=change.row,
-                recorded=recorded,
-            )
-            return Booked("booked", answer)
-        raise errors.Contended(f"account {account_id} changed under every attempt", reason="contended")
+                recorded = await self.outbox.record(committed)
+                if not recorded:
+                    await self._require_booked(operation, committed[0].id)
+                answer = answers.operation_answer(
+                    kind,
+                    account_id,
+                    history_id=committed[0].id,
+                    time_us=committed[0].time_us,
+                    row=change.row,
+                    shown=change.shown,
+                    recorded=recorded,
+                )
+                return Booked("booked", answer)
+            raise errors.Contended(f"account {account_id} changed under every attempt", reason="contended")
+        except errors.Unavailable as error:
+            error.members.update(identity)
+            raise
 
     async def _basis_read(self, snapshot: Snapshot, *, creates: bool) -> Basis | None:
         """What to decide on after a read; None where an edit by hand had to be adopted first: then read again."""
@@ -326,7 +306,7 @@ class Booking:
         basis = self.basis(snapshot, account)
         # How old a mark is only a read can tell.
         if self.settings.mark_max_age_seconds is None:
-            self.recent.keep_market(basis.market, {symbol: texts[0] for symbol, texts in snapshot.mark_texts.items()})
+            self._recent.keep_market(basis.market, {symbol: texts[0] for symbol, texts in snapshot.mark_texts.items()})
         return basis
 
     async def _rebuild_columns(self) -> None:
@@ -380,128 +360,7 @@ class Booking:
             history_id=int(history_id),
             time_us=int(time_us),
             row=row,
+            shown=answers.shown_of_row(row),
             recorded=recorded,
         )
         return Booked("replayed", answer)
-
-    async def _commit(self, basis: Basis, change: _Change, *, operation: str) -> list[HistoryEntry] | bytes | None:
-        """Commit ``change`` if the account is still as ``basis`` has it.
-
-        Answers the rows of history it made, the operation's first result if it was booked before, or None if the
-        account, or what was guessed, has moved.
-        """
-        before, after = basis.account, change.after
-        account_id, version = after.account_id, basis.market.mark_version
-        touched = [
-            symbol
-            for symbol in self._symbols
-            # A new slot is the next in every column.
-            if change.kind == "adjustment" or not basis.has_slot or after.position(symbol) != before.position(symbol)
-        ]
-        encoded = {
-            symbol: b"" if position == FLAT else encode_position(position).encode()
-            for symbol in touched
-            for position in (after.position(symbol),)
-        }
-        marks = [symbol for symbol in basis.mark_texts or () if symbol in after.positions or symbol in touched]
-        balance_text = format_decimal(after.balance).encode()
-        body = orjson.dumps({"mark_version": version, **change.row})
-        recovery = self._recovery(basis, change)
-        answer = await self.store.run(
-            keys.COMMIT,
-            [
-                keys.STATE_EPOCH,
-                keys.STATE_RUN_ID,
-                keys.HISTORY_LAST_ID,
-                keys.OUTBOX,
-                operation or keys.operation_key("none", account_id, ""),
-                keys.balance_key(account_id),
-                keys.positions_key(account_id),
-                keys.ledger_key(account_id),
-                keys.equity_key(account_id),
-                keys.used_margin_key(account_id),
-                keys.ACCOUNTS,
-                keys.COLUMN_BALANCE,
-                keys.COLUMN_BREACH,
-                keys.RECOVERIES,
-                keys.MARK_VERSION,
-                keys.STATE_HALTED,
-                keys.CHANGED,
-                *(key for symbol in touched for key in self._columns[symbol]),
-                *(keys.mark_price_key(symbol) for symbol in marks),
-            ],
-            [
-                self.store.signature,
-                account_id,
-                change.kind,
-                version,
-                self.settings.outbox_soft_limit if change.adds_risk else self.settings.outbox_hard_limit,
-                self.settings.operation_ttl_seconds,
-                "remember" if operation else "",
-                basis.balance_text,
-                basis.seq_text,
-                basis.breach_text,
-                balance_text,
-                pack(after.balance),
-                format_decimal(change.margin.equity) if change.margin else "",
-                format_decimal(change.margin.used_margin) if change.margin else "",
-                body,
-                recovery,
-                basis.epoch,
-                len(touched),
-                *(item for symbol in touched for item in (symbol, encoded[symbol], *_packed(after.position(symbol)))),
-                len(basis.fields) // 2,
-                *basis.fields,
-                *((basis.mark_texts or {})[symbol] for symbol in marks),
-            ],
-        )
-        if answer[0] == "duplicate":
-            return bytes(answer[1])
-        if answer[0] == "conflict":
-            return None
-        _, history_id, seq, time_us, recovery_id, epoch = answer
-        entry = HistoryEntry(int(history_id), change.kind, account_id, seq, int(epoch), int(time_us), body)
-        if not recovery_id:
-            if not basis.breach_text:
-                fields = _fields_after(basis.fields, encoded)
-                self.recent.keep(KnownAccount(after, balance_text, fields, b"%d" % seq, epoch))
-            return [entry]
-        return [
-            entry,
-            HistoryEntry(int(recovery_id), "recovery", account_id, seq + 1, int(epoch), int(time_us), recovery),
-        ]
-
-    def _recovery(self, basis: Basis, change: _Change) -> bytes:
-        """The recovery row of a change that restores an account in breach, else nothing."""
-        if not basis.breach_text or change.margin is None or change.kind == "adjustment":
-            return b""
-        if not trading.is_restored(change.margin, restore_at=self.settings.restore_at):
-            return b""
-        return recovery_body(
-            change.after,
-            change.margin,
-            prices={symbol: mark.price for symbol, mark in basis.market.marks.items()},
-            mark_version=basis.market.mark_version,
-            liquidation_id=int(basis.breach_text),
-            cause=f"a {change.row.get('kind', change.kind)}",
-        )
-
-
-def _symbol_keys(symbol: str) -> tuple[str, str, str, str]:
-    return (
-        keys.mark_price_key(symbol),
-        keys.mark_key(symbol),
-        keys.quantity_column(symbol),
-        keys.cost_column(symbol),
-    )
-
-
-def _packed(position: Position) -> tuple[bytes, bytes]:
-    return (NOTHING, NOTHING) if position == FLAT else (pack(position.quantity), pack(position.cost))
-
-
-def _fields_after(fields: tuple[bytes, ...], encoded: Mapping[str, bytes]) -> tuple[bytes, ...]:
-    """The fields of a positions hash after a commit: ``encoded`` by symbol, nothing for a flat position."""
-    held = dict(zip(fields[::2], fields[1::2], strict=True))
-    held.update({symbol.encode(): text for symbol, text in encoded.items()})
-    return tuple(item for field in held.items() if field[1] for item in field)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from typing import Final
+from typing import Final, NamedTuple
 
 import asyncpg
 import orjson
@@ -21,14 +20,14 @@ FENCE_LOCK: Final = 0x706C696D
 
 STATEMENT_TIMEOUT_SECONDS: Final = 2.0
 UNIX_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_NAIVE_EPOCH: Final = UNIX_EPOCH.replace(tzinfo=None)
 
 
 class FencedError(Exception):
     """History is taken only from the newest epoch, and these rows are of an older one."""
 
 
-@dataclass(frozen=True, slots=True)
-class HistoryEntry:
+class HistoryEntry(NamedTuple):
     """A row of history on its way to Postgres: what the commit script stamped, and the body as JSON."""
 
     id: int
@@ -47,7 +46,7 @@ class HistoryEntry:
                 "account_id": self.account_id,
                 "seq": self.seq,
                 "epoch": self.epoch,
-                "timestamp": _timestamp_text(self.time_us),
+                "timestamp": timestamp_text(self.time_us),
             }
         )
         return head[:-1] + b"," + self.body[1:]
@@ -59,9 +58,9 @@ def timestamp_of(time_us: int) -> datetime:
 
 
 @lru_cache(maxsize=256)
-def _timestamp_text(time_us: int) -> str:
-    """ISO 8601. The rows of one script call share their time."""
-    return timestamp_of(time_us).isoformat()
+def timestamp_text(time_us: int) -> str:
+    """ISO 8601 in UTC with microseconds. A row shares its time with its answer and the rows of its call."""
+    return (_NAIVE_EPOCH + timedelta(microseconds=time_us)).isoformat(timespec="microseconds") + "Z"
 
 
 def _columns(model: type[HistoryRow]) -> str:

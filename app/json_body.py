@@ -53,7 +53,7 @@ class ExactJSONRoute(APIRoute):
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """The route's handler, behind the checks of the query and of the content type."""
-        handle = super().get_route_handler()
+        handle = self.handler_of_endpoint()
         fields = get_flat_params(self.dependant)
         parameters = sorted(field.alias for field in fields if isinstance(field.field_info, Query))
 
@@ -64,9 +64,14 @@ class ExactJSONRoute(APIRoute):
                 content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
                 if content_type != JSON_TYPE:
                     raise HTTPException(415, f"send the body as {JSON_TYPE}")
-            return await handle(ExactJSONRequest(request.scope, request.receive))
+            exact = request if isinstance(request, ExactJSONRequest) else None
+            return await handle(exact or ExactJSONRequest(request.scope, request.receive))
 
         return handle_exactly
+
+    def handler_of_endpoint(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """What validates a request and calls the endpoint: FastAPI's own."""
+        return super().get_route_handler()
 
 
 class DoubledMemberError(ValueError):

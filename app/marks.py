@@ -12,8 +12,7 @@ import structlog
 from app import errors, metrics
 from app import redis_client as keys
 from app.contracts import Contract
-from app.database import format_timestamp
-from app.history import timestamp_of
+from app.history import timestamp_text
 from app.numbers import format_decimal
 from app.records import parse_mark
 from app.redis_client import StateStore
@@ -64,7 +63,7 @@ class MarkBook:
                 return {
                     "symbol": symbol,
                     "price": format_decimal(price),
-                    "timestamp": format_timestamp(timestamp_of(time_us)),
+                    "timestamp": timestamp_text(time_us),
                     "version": version,
                 }
         raise errors.Contended(f"the mark of {symbol} changed under {ATTEMPTS_MAX} attempts", reason="contended")

@@ -13,7 +13,7 @@ ACCOUNTS_MAX: Final = 10_000
 """About a kilobyte each."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Basis:
     """What a decision is made on, and the texts that a commit compares with what is there.
 
@@ -37,7 +37,7 @@ class Basis:
         return self.mark_texts is not None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class KnownAccount:
     """An account as a commit of this process left it, and the epoch of that commit."""
 
@@ -62,10 +62,6 @@ class Recent:
             self._market = None
         elif self._market is None or market.mark_version >= self._market.mark_version:
             self._market, self._mark_texts = market, mark_texts
-
-    def forget_market(self) -> None:
-        """What was guessed was refused: the next decision reads."""
-        self._market = None
 
     def keep(self, known: KnownAccount) -> None:
         """Remember an account that has just been committed and is in no breach."""

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import lru_cache
 from typing import Any, Final
 
 from app import errors
+from app import redis_client as keys
 from app.contracts import AMOUNT_LIMIT, QUANTITY_MAX, Contract
 from app.numbers import SMALLEST_UNIT, exact, format_decimal, from_units, is_multiple, parse_decimal, to_units
 from app.services import margin
@@ -143,6 +144,20 @@ class Snapshot:
         }
 
 
+def keys_of_symbols(symbols: Iterable[str]) -> list[str]:
+    """The keys that ``read_account`` looks up for ``symbols``, in its order."""
+    return [
+        key
+        for symbol in symbols
+        for key in (
+            keys.mark_price_key(symbol),
+            keys.mark_key(symbol),
+            keys.quantity_column(symbol),
+            keys.cost_column(symbol),
+        )
+    ]
+
+
 def _position(quantity: bytes, cost: bytes) -> Position:
     return Position(quantity=from_units(unpack(quantity)), cost=from_units(unpack(cost)))
 
@@ -158,7 +173,10 @@ def pack(value: Decimal) -> bytes:
 
 
 def snapshot_from(account_id: str, symbols: Sequence[str], answer: Sequence[Any]) -> Snapshot:
-    """The snapshot in an ``ok`` answer of ``read_account``. Raises ``AccountQuarantined`` for an unreadable ledger."""
+    """The snapshot in an answer of ``read_account``, or in that of a commit whose guess was wrong.
+
+    Raises ``AccountQuarantined`` for an unreadable ledger.
+    """
     _, operation, balance, fields, ledger, mark_version, halted, now_us, *packed = answer
     packed_balance, packed_breach, marks, (ledger_balance, *ledger_positions) = packed
     slot, seq, breach, _, breach_at = ledger
@@ -224,13 +242,30 @@ def parse_mark(text: bytes | None, contract: Contract) -> Decimal | None:
     return price if 0 < price <= contract.price_max and is_multiple(price, SMALLEST_UNIT) else None
 
 
+@dataclass(slots=True)
+class PositionTexts:
+    """The numbers of a position as they are shown; a flat one has no average price."""
+
+    quantity: str
+    average_price: str | None
+    cost: str
+
+    @property
+    def encoded(self) -> str:
+        """The JSON of an open position, with its average price for the reader; ``cost`` is the record."""
+        return f'{{"quantity": "{self.quantity}", "avg_price": "{self.average_price}", "cost": "{self.cost}"}}'
+
+
+def position_texts(position: Position) -> PositionTexts:
+    """``position``, each number written once."""
+    quantity, cost = position.quantity, position.cost
+    average_price = format_decimal(margin.average_price(quantity=quantity, cost=cost)) if quantity else None
+    return PositionTexts(format_decimal(quantity), average_price, format_decimal(cost))
+
+
 def encode_position(position: Position) -> str:
-    """The JSON of an open position, with its average price for the reader; ``cost`` is the record."""
-    return (
-        f'{{"quantity": "{format_decimal(position.quantity)}", '
-        f'"avg_price": "{format_decimal(margin.average_price(quantity=position.quantity, cost=position.cost))}", '
-        f'"cost": "{format_decimal(position.cost)}"}}'
-    )
+    """As ``PositionTexts.encoded``."""
+    return position_texts(position).encoded
 
 
 @lru_cache(maxsize=POSITIONS_REMEMBERED)

@@ -138,16 +138,17 @@ def open_positions_key(symbol: str) -> str:
 
 @dataclass(frozen=True)
 class Script:
-    """A Lua script of ``app/scripts``, with the guard that every one starts with."""
+    """A Lua script of ``app/scripts``, with the guard that every one starts with, and what it ``uses`` besides."""
 
     name: str
     writes: bool = True
+    uses: tuple[str, ...] = ()
 
     @cached_property
     def text(self) -> str:
         """The whole source as Redis gets it."""
         folder = resources.files("app") / "scripts"
-        return (folder / "guard.lua").read_text() + (folder / f"{self.name}.lua").read_text()
+        return "".join((folder / f"{name}.lua").read_text() for name in ("guard", *self.uses, self.name))
 
     @cached_property
     def sha(self) -> str:
@@ -156,8 +157,8 @@ class Script:
 
 
 CHECK: Final = Script("check", writes=False)
-READ_ACCOUNT: Final = Script("read_account", writes=False)
-COMMIT: Final = Script("commit")
+READ_ACCOUNT: Final = Script("read_account", writes=False, uses=("snapshot",))
+COMMIT: Final = Script("commit", uses=("snapshot",))
 BREACH: Final = Script("breach")
 MARK: Final = Script("mark")
 SWEPT: Final = Script("swept")

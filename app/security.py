@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from app import errors, schemas
 from app.api_keys import KeyRing, Scope
 from app.config import Settings
-from app.json_body import ExactJSONRoute
+from app.direct_route import DirectRoute
 from app.rate_limits import RateLimits
 from app.reach import EVERY_ACCOUNT, Reach
 
@@ -87,7 +87,7 @@ class Gate(Protocol):
         """Who it is that comes in."""
 
 
-class GuardedRoute(ExactJSONRoute):
+class GuardedRoute(DirectRoute):
     """A route that asks for the scope it declares, before it reads the body. None can be made without declaring."""
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:  # noqa: ANN401 - FastAPI's

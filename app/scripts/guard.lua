@@ -114,13 +114,3 @@ local function forget_changes(changed_key)
   local before = struct.unpack('<i8', redis.call('GETRANGE', changed_key, 0, 7))
   redis.call('SET', changed_key, struct.pack('<i8', before + bytes / 8))
 end
-
--- Whether the user's keys hold exactly this balance and these fields. Compared as text: nothing is parsed.
-local function record_is(balance_key, positions_key, balance, fields)
-  if (redis.call('GET', balance_key) or '') ~= balance then return false end
-  if redis.call('HLEN', positions_key) * 2 ~= #fields then return false end
-  for i = 1, #fields, 2 do
-    if redis.call('HGET', positions_key, fields[i]) ~= fields[i + 1] then return false end
-  end
-  return true
-end

@@ -18,8 +18,7 @@ import orjson
 
 from app.columns import Chunk, Marks, ScreenedChunk, Sums, screen
 from app.contracts import Contract
-from app.database import format_timestamp
-from app.history import timestamp_of
+from app.history import timestamp_text
 from app.numbers import exact, format_decimal
 from app.records import OpenBreach
 from app.services import margin, trading
@@ -121,7 +120,7 @@ def account_report(
             restored_at = format_decimal(valued.used_margin if restore_at == "initial" else valued.maintenance_margin)
         report["open_breach"] = {
             "id": breach.id,
-            "since": format_timestamp(timestamp_of(breach.since_us)),
+            "since": timestamp_text(breach.since_us),
             "restored_at_equity": restored_at,
         }
     report["positions"] = [

@@ -237,14 +237,12 @@ def decide_trade(account: Account, order: TradeOrder, market: Market) -> TradeDe
     _check_limits(account, order, after, contract, reduces_only=reduces_only)
 
     prices = {symbol: mark.price for symbol, mark in market.marks.items()}
-    margin_before = account_margin(account, contracts=market.contracts, prices=prices)
     margin_after = account_margin(after, contracts=market.contracts, prices=prices)
     opening_gain = max(ZERO, fill.opened * (mark_price - order.price))
-    available = margin_after.equity - opening_gain
-    if available < margin_after.used_margin and not (
-        reduces_only and margin_after.free_margin >= margin_before.free_margin
-    ):
-        raise _insufficient(order, margin_before, margin_after, opening_gain=opening_gain)
+    if margin_after.equity - opening_gain < margin_after.used_margin:
+        margin_before = account_margin(account, contracts=market.contracts, prices=prices)
+        if not (reduces_only and margin_after.free_margin >= margin_before.free_margin):
+            raise _insufficient(order, margin_before, margin_after, opening_gain=opening_gain)
     return TradeDecision(account=after, fill=fill, mark_price=mark_price, margin=margin_after)
 
 

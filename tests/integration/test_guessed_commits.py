@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any, Final
 
@@ -17,18 +17,24 @@ from app.booking import Booked, Booking
 from app.config import Settings
 from app.embedded import Stores
 from app.outbox import Outbox
+from app.recent import Basis
 from app.records import Snapshot
 from app.redis_client import StateStore
-from app.services.trading import TradeOrder, TransferOrder
+from app.services.trading import Account, TradeOrder, TransferOrder
 from tests.integration.desk import BTC_PERP
 
 ELSEWHERE: Final = "50100"
 
 
 class CountingBooking(Booking):
-    """A real one that counts its reads."""
+    """A real one that counts its reads, and keeps the snapshots it decides on."""
 
     reads = 0
+    judged: tuple[Snapshot, ...] = ()
+
+    def basis(self, snapshot: Snapshot, account: Account) -> Basis:
+        self.judged += (snapshot,)
+        return super().basis(snapshot, account)
 
     async def read(self, account_id: str, *, operation: str | None = None) -> Snapshot:
         self.reads += 1
@@ -87,11 +93,22 @@ async def test_a_trade_on_a_known_account_reads_nothing_and_books_the_same(count
     assert (answer["balance"], answer["equity"], answer["used_margin"]) == ("100000", "100000", "10000")
 
 
-async def test_an_account_that_another_process_changed_is_read_again(counters: tuple[Counter, Counter]) -> None:
+async def test_a_wrong_guess_is_answered_with_the_account_as_another_process_left_it(
+    counters: tuple[Counter, Counter],
+) -> None:
     here, there = counters
     await there.buy("1")
-    assert await here.reads_to_buy("0.5") == 1
+    assert await here.reads_to_buy("0.5") == 0
     assert (await here.buy("0.1"))["position"]["quantity"] == "1.7"
+
+
+async def test_what_a_wrong_guess_is_answered_with_is_what_a_read_finds(counters: tuple[Counter, Counter]) -> None:
+    here, there = counters
+    await there.buy("1")
+    read = await there.booking.read("alice")
+    await here.buy("0.5")
+    found = here.booking.judged[-1]
+    assert found == replace(read, now_us=found.now_us)
 
 
 async def test_a_mark_that_moved_elsewhere_is_the_one_decided_on(counters: tuple[Counter, Counter]) -> None:
@@ -141,9 +158,9 @@ async def test_an_account_that_is_gone_is_not_written(counters: tuple[Counter, C
 async def test_a_new_epoch_is_noticed(counters: tuple[Counter, Counter]) -> None:
     here, _ = counters
     await here.redis.hincrby(keys.STATE_EPOCH, "epoch", 1)
-    before = here.booking.reads
-    await here.buy("0.1")
-    assert here.booking.reads == before + 1
+    judged = len(here.booking.judged)
+    assert await here.reads_to_buy("0.1") == 0
+    assert len(here.booking.judged) == judged + 1
 
 
 async def test_nothing_is_refused_on_a_guess(counters: tuple[Counter, Counter]) -> None:
@@ -162,11 +179,12 @@ async def test_an_operation_booked_elsewhere_is_replayed(counters: tuple[Counter
     assert (await here.buy("0.1", client_trade_id="once"))["trade_id"] == first["trade_id"]
 
 
-async def test_an_account_in_breach_is_always_read(counters: tuple[Counter, Counter]) -> None:
+async def test_an_account_in_breach_is_never_guessed(counters: tuple[Counter, Counter]) -> None:
     here, _ = counters
     await here.redis.hset(keys.ledger_key("alice"), mapping={"breach": "7", "breach_at": "1", "breach_version": "1"})
-    assert await here.reads_to_buy("0.1") == 1
+    assert await here.reads_to_buy("0.1") == 0
     assert await here.redis.hget(keys.ledger_key("alice"), "breach") == b""
+    assert await here.reads_to_buy("0.1") == 1
 
 
 async def test_where_marks_go_stale_every_trade_reads(stores: Stores, settings: Settings) -> None:

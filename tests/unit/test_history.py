@@ -53,7 +53,7 @@ def test_a_row_is_what_the_script_stamped_and_the_body_as_it_is() -> None:
         "account_id": "alice",
         "seq": 3,
         "epoch": 2,
-        "timestamp": "2026-01-01T12:00:00+00:00",
+        "timestamp": "2026-01-01T12:00:00.000000Z",
         "price": "60000.10",
         "quantity": "0.1",
     }

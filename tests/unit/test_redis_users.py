@@ -34,7 +34,7 @@ def test_nobody_is_the_default_user_who_may_do_everything() -> None:
 
 @pytest.mark.parametrize("user", ["api", "watchdog"])
 def test_every_command_of_every_script_is_granted(user: str) -> None:
-    called = {name for script in SCRIPTS for name in re.findall(r"redis\.p?call\('(\w+)'", script.read_text())}
+    called = {name for script in SCRIPTS for name in re.findall(r"(?:redis\.call|read)\('(\w+)'", script.read_text())}
     assert len(called) > 20
     assert {name.lower() for name in called} - rights(user, "+") == set()
 
