@@ -82,12 +82,12 @@ async def get_positions(account_id: AccountPath, request: Request) -> Response:
         account = to.booking.parse(snapshot)
     except errors.AccountQuarantined:
         return json_response({**reports.quarantined_summary(account_id), "positions": []})
-    market = to.booking.market(snapshot)
+    contracts = to.booking.contracts
     return json_response(
         reports.account_report(
             account,
-            contracts=market.contracts,
-            prices={symbol: mark.price for symbol, mark in market.marks.items()},
+            contracts=contracts,
+            prices=snapshot.prices(contracts),
             breach=snapshot.breach,
             restore_at=to.settings.restore_at,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -28,7 +28,7 @@ from app.marks import MarkBook
 from app.numbers import format_decimal
 from app.outbox import Outbox
 from app.recent import Basis
-from app.records import RecordError, Snapshot, keys_of_symbols, position_texts, snapshot_from
+from app.records import RecordError, Snapshot, position_texts, snapshot_from
 from app.redis_client import StateStore
 from app.services import trading
 from app.services.trading import Account, Market, TradeOrder, TransferOrder
@@ -65,9 +65,10 @@ class Booking:
         self._commits = Commits(store, settings, self.contracts)
         self._recent = self._commits.recent
         self._symbols = list(self.contracts)
-        self._keys_of_symbols = keys_of_symbols(self.contracts)
+        self._keys_of_symbols = keys.keys_of_symbols(self.contracts)
+        self._read_arguments = [store.signature, *self._symbols]
 
-    async def book_trade(self, order: TradeOrder, *, client_trade_id: str | None) -> Booked:
+    def book_trade(self, order: TradeOrder, *, client_trade_id: str | None) -> Coroutine[Any, Any, Booked]:
         """Book ``order`` once. Raises the refusal or fault that kept it from being booked."""
         trading.check_order(order, self.contracts)
         operation_id = client_trade_id or uuid.uuid4().hex
@@ -98,11 +99,9 @@ class Booking:
             )
 
         operation = keys.operation_key("trade", order.account_id, operation_id)
-        return await self._book(
-            "trade", order.account_id, operation, {"client_trade_id": operation_id}, content, decide
-        )
+        return self._book("trade", order.account_id, operation, {"client_trade_id": operation_id}, content, decide)
 
-    async def book_transfer(self, order: TransferOrder, *, client_transfer_id: str | None) -> Booked:
+    def book_transfer(self, order: TransferOrder, *, client_transfer_id: str | None) -> Coroutine[Any, Any, Booked]:
         """Book a deposit or withdrawal once. A deposit makes the account where there is none."""
         trading.check_amount(order.amount)
         operation_id = client_transfer_id or uuid.uuid4().hex
@@ -131,27 +130,27 @@ class Booking:
 
         operation = keys.operation_key(order.kind, order.account_id, operation_id)
         identity = {"client_transfer_id": operation_id}
-        return await self._book("transfer", order.account_id, operation, identity, content, decide)
+        return self._book("transfer", order.account_id, operation, identity, content, decide)
 
     async def read(self, account_id: str, *, operation: str | None = None) -> Snapshot:
         """The account, its operation and the marks, in one call. A read may be repeated, so it simply raises."""
-        operation_key = operation or keys.operation_key("none", account_id, "")
+        balance, positions, ledger, *_ = keys.account_keys(account_id)
         answer = await self.store.run(
             keys.READ_ACCOUNT,
             [
                 keys.STATE_EPOCH,
                 keys.STATE_RUN_ID,
-                operation_key,
-                keys.balance_key(account_id),
-                keys.positions_key(account_id),
-                keys.ledger_key(account_id),
+                operation or keys.operation_key("none", account_id, ""),
+                balance,
+                positions,
+                ledger,
                 keys.MARK_VERSION,
                 keys.STATE_HALTED,
                 keys.COLUMN_BALANCE,
                 keys.COLUMN_BREACH,
                 *self._keys_of_symbols,
             ],
-            [self.store.signature, *self._symbols],
+            self._read_arguments,
         )
         return snapshot_from(account_id, self._symbols, answer)
 

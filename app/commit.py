@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
-from functools import lru_cache
 from typing import Any, Final
 
 import orjson
@@ -16,8 +15,8 @@ from app.contracts import Contract
 from app.evidence import recovery_body
 from app.history import HistoryEntry
 from app.numbers import format_decimal
-from app.recent import ACCOUNTS_MAX, Basis, KnownAccount, Recent
-from app.records import NOTHING, Snapshot, encode_position, keys_of_symbols, pack, snapshot_from
+from app.recent import Basis, KnownAccount, Recent
+from app.records import NOTHING, Snapshot, encode_position, pack, snapshot_from
 from app.redis_client import StateStore
 from app.services import trading
 from app.services.margin import AccountMargin
@@ -61,7 +60,7 @@ class Commits:
             symbol: (keys.quantity_column(symbol), keys.cost_column(symbol), keys.open_positions_key(symbol))
             for symbol in contracts
         }
-        self._keys_of_symbols = keys_of_symbols(contracts)
+        self._keys_of_symbols = keys.keys_of_symbols(contracts)
         self.recent = Recent()
 
     async def commit(self, basis: Basis, change: Change, *, operation: str) -> list[HistoryEntry] | bytes | Moved:
@@ -72,7 +71,7 @@ class Commits:
         """
         after = change.after
         account_id = after.account_id
-        balance, positions, ledger, equity, used_margin = _account_keys(account_id)
+        balance, positions, ledger, equity, used_margin = keys.account_keys(account_id)
         called_keys = [
             keys.STATE_EPOCH,
             keys.STATE_RUN_ID,
@@ -175,18 +174,6 @@ class Commits:
             liquidation_id=int(basis.breach_text),
             cause=f"a {change.row.get('kind', change.kind)}",
         )
-
-
-@lru_cache(maxsize=ACCOUNTS_MAX)
-def _account_keys(account_id: str) -> tuple[str, str, str, str, str]:
-    """The keys of one account; made once for an account that trades again."""
-    return (
-        keys.balance_key(account_id),
-        keys.positions_key(account_id),
-        keys.ledger_key(account_id),
-        keys.equity_key(account_id),
-        keys.used_margin_key(account_id),
-    )
 
 
 def _fields_after(fields: tuple[bytes, ...], touched: list[tuple[str, bytes, Position]]) -> tuple[bytes, ...]:

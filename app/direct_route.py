@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Final
 
-from fastapi import Request, Response
+from fastapi import Response
 from fastapi.exceptions import RequestValidationError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.json_body import ExactJSONRequest, ExactJSONRoute
 
-Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+_NO_BODY: Final = [{"type": "missing", "loc": ("body",), "msg": "Field required", "input": None}]
 
 
 class DirectRoute(ExactJSONRoute):
@@ -25,38 +25,7 @@ class DirectRoute(ExactJSONRoute):
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:  # noqa: ANN401 - FastAPI's
         super().__init__(path, endpoint, **options)
         if self._is_direct():
-            self.app = _answering(self.get_route_handler())
-
-    def handler_of_endpoint(self) -> Handler:
-        """What validates a request and calls the endpoint."""
-        if not self._is_direct():
-            return super().handler_of_endpoint()
-        call, body_field = self.dependant.call, self.body_field
-        path_fields = [(field.name, field.alias, field) for field in self.dependant.path_params]
-        request_name = self.dependant.request_param_name
-        assert call is not None
-
-        async def handle(request: Request) -> Response:
-            values: dict[str, Any] = {}
-            faults: list[dict[str, Any]] = []
-            for name, alias, field in path_fields:
-                values[name], found = field.validate(request.path_params[alias], values, loc=("path", alias))
-                faults += found
-            if body_field is not None:
-                if not await request.body():
-                    raise RequestValidationError(
-                        [{"type": "missing", "loc": ("body",), "msg": "Field required", "input": None}]
-                    )
-                values[body_field.name], found = body_field.validate(await request.json(), values, loc=("body",))
-                faults += found
-            if faults:
-                raise RequestValidationError(faults)
-            if request_name is not None:
-                values[request_name] = request
-            response: Response = await call(**values)
-            return response
-
-        return handle
+            self.app = self._direct_app()
 
     def _is_direct(self) -> bool:
         """Whether the endpoint asks for nothing but its path, one body that is an object, and the request."""
@@ -67,12 +36,35 @@ class DirectRoute(ExactJSONRoute):
         )
         return not any(others) and not self._embed_body_fields and len(asked.body_params) <= 1
 
+    def _direct_app(self) -> ASGIApp:
+        """The application that sends what the endpoint answers; what is raised is for the middleware.
 
-def _answering(handle: Handler) -> ASGIApp:
-    """The application that sends what ``handle`` answers; what it raises is for the middleware."""
+        It is one function, because each that waits for the stores is kept alive meanwhile.
+        """
+        call, check, body_field = self.dependant.call, self.request_check(), self.body_field
+        path_fields = [(field.name, field.alias, field) for field in self.dependant.path_params]
+        request_name = self.dependant.request_param_name
+        assert call is not None
 
-    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        response = await handle(ExactJSONRequest(scope, receive, send))
-        await response(scope, receive, send)
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            request = ExactJSONRequest(scope, receive, send)
+            await self.admit(request)
+            check(request)
+            values: dict[str, Any] = {}
+            faults: list[dict[str, Any]] = []
+            for name, alias, field in path_fields:
+                values[name], found = field.validate(scope["path_params"][alias], values, loc=("path", alias))
+                faults += found
+            if body_field is not None:
+                if not await request.body():
+                    raise RequestValidationError(_NO_BODY)
+                values[body_field.name], found = body_field.validate(await request.json(), values, loc=("body",))
+                faults += found
+            if faults:
+                raise RequestValidationError(faults)
+            if request_name is not None:
+                values[request_name] = request
+            response: Response = await call(**values)
+            await response(scope, receive, send)
 
-    return answer
+        return answer

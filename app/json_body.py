@@ -51,27 +51,34 @@ class ExactJSONRequest(Request):
 class ExactJSONRoute(APIRoute):
     """A route that reads its body with ``ExactJSONRequest``, takes JSON only, and no query that it does not know."""
 
+    async def admit(self, request: Request) -> None:
+        """Let a request in before anything of it is looked at, or raise what its answer is: here everybody may."""
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The route's handler, behind the checks of the query and of the content type."""
-        handle = self.handler_of_endpoint()
-        fields = get_flat_params(self.dependant)
-        parameters = sorted(field.alias for field in fields if isinstance(field.field_info, Query))
+        """FastAPI's handler, behind the checks of the caller, of the query and of the content type."""
+        handle, check = super().get_route_handler(), self.request_check()
 
         async def handle_exactly(request: Request) -> Response:
-            if request.scope["query_string"]:
-                _check_query(request.query_params.multi_items(), parameters)
-            if request.method == "POST":
-                content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-                if content_type != JSON_TYPE:
-                    raise HTTPException(415, f"send the body as {JSON_TYPE}")
-            exact = request if isinstance(request, ExactJSONRequest) else None
-            return await handle(exact or ExactJSONRequest(request.scope, request.receive))
+            await self.admit(request)
+            check(request)
+            return await handle(ExactJSONRequest(request.scope, request.receive))
 
         return handle_exactly
 
-    def handler_of_endpoint(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """What validates a request and calls the endpoint: FastAPI's own."""
-        return super().get_route_handler()
+    def request_check(self) -> Callable[[Request], None]:
+        """What raises ``InvalidField`` for a query, and ``HTTPException`` 415 for a content type, not taken here."""
+        fields = get_flat_params(self.dependant)
+        parameters = sorted(field.alias for field in fields if isinstance(field.field_info, Query))
+
+        def check(request: Request) -> None:
+            if request.scope["query_string"]:
+                _check_query(request.query_params.multi_items(), parameters)
+            if request.scope["method"] == "POST":
+                content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+                if content_type != JSON_TYPE:
+                    raise HTTPException(415, f"send the body as {JSON_TYPE}")
+
+        return check
 
 
 class DoubledMemberError(ValueError):

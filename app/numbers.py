@@ -14,7 +14,10 @@ UNITS_PER_ONE: Final = 10**DECIMAL_PLACES
 DIGITS_MAX: Final = 40
 """The longest text of a number that is read at all; it bounds the work that a hostile one can cause."""
 
-EXACT: Final = Context(prec=60, traps=[Inexact, InvalidOperation, DivisionByZero, Overflow])
+EXACT_DIGITS: Final = 60
+"""No other context here has this precision, so it tells that of exact money."""
+
+EXACT: Final = Context(prec=EXACT_DIGITS, traps=[Inexact, InvalidOperation, DivisionByZero, Overflow])
 """Sixty digits hold every product of this service; whatever would still be rounded raises ``Inexact``."""
 
 _PLAIN_NUMBER: Final = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2})?", re.ASCII)
@@ -31,8 +34,7 @@ def exact(function: Callable[Parameters, Result]) -> Callable[Parameters, Result
 
     @functools.wraps(function)
     def in_exact_context(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        context = getcontext()
-        if context.prec == EXACT.prec and context.traps[Inexact]:
+        if getcontext().prec == EXACT_DIGITS:
             return function(*args, **kwargs)
         with localcontext(EXACT):
             return function(*args, **kwargs)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import asyncpg
 import structlog
@@ -48,6 +48,9 @@ POSTGRES_ERRORS: Final = (
     TimeoutError,
 )
 
+_Waiting = tuple[HistoryEntry, asyncio.Future[bool]]
+"""A row on its way to Postgres, and who waits for it."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -66,7 +69,8 @@ class Outbox:
         self._store = store
         self._engine = engine
         self._settings = settings
-        self._waiting: list[tuple[HistoryEntry, asyncio.Future[bool]]] = []
+        self._waiting: list[_Waiting] = []
+        self._waiting_since = float("-inf")
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._postgres_answered = float("-inf")
@@ -103,23 +107,18 @@ class Outbox:
         if self.postgres_away:
             return False
         loop = asyncio.get_running_loop()
+        if not self._waiting:
+            self._waiting_since = loop.time()
         answers: list[asyncio.Future[bool]] = [loop.create_future() for _ in entries]
         self._waiting += zip(entries, answers, strict=True)
         self._wake.set()
-        # A timer by itself costs a fifth of asyncio.timeout, which every trade would pay.
-        timer = loop.call_later(self._settings.record_timeout_seconds, self._give_up, answers)
-        try:
-            return all([await answer for answer in answers])
-        finally:
-            timer.cancel()
+        return all([await answer for answer in answers])
 
-    def _give_up(self, answers: Sequence[asyncio.Future[bool]]) -> None:
-        if all(answer.done() for answer in answers):
-            return
+    def _give_up(self, batch: Sequence[_Waiting]) -> None:
+        """Answer whoever waits that Postgres does not; the rows stay where they are."""
         self._open_breaker("no answer in time")
-        for answer in answers:
-            if not answer.done():
-                answer.set_result(False)
+        _answer(batch, recorded=False)
+        _answer(self._waiting, recorded=False)
 
     async def is_recorded(self, kind: str, history_id: int) -> bool:
         """Whether the row is in Postgres; False where that cannot be said now."""
@@ -198,38 +197,50 @@ class Outbox:
         return entries
 
     async def _write_forever(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
             await self._wake.wait()
             self._wake.clear()
             while self._waiting:
                 batch = self._waiting[: self._settings.outbox_batch_rows]
                 del self._waiting[: len(batch)]
-                # A row of an older epoch may be one that Redis has lost since: only the drain, which reads what Redis
-                # holds now, may still write it.
-                epoch = batch[-1][0].epoch
-                older = [item for item in batch if item[0].epoch != epoch]
-                if older:
-                    await self._write_again(older)
-                batch = [item for item in batch if item[0].epoch == epoch]
+                # One timer a batch, for the row that has waited longest: one a row would cost as much as its commit.
+                patience = loop.call_at(
+                    self._waiting_since + self._settings.record_timeout_seconds, self._give_up, batch
+                )
+                self._waiting_since = loop.time()
                 try:
-                    buried = await self._write([entry for entry, _ in batch], epoch=epoch)
-                except FencedError:
-                    metrics.HISTORY_FENCED.inc()
-                    await self._write_again(batch)
-                except (*POSTGRES_ERRORS, errors.PlimsollError, RedisError) as error:
-                    self._open_breaker(repr(error))
-                    _answer(batch, recorded=False)
-                except Exception:
-                    log.exception("the writer of history failed; the rows wait in the outbox")
-                    self._open_breaker("our mistake")
-                    _answer(batch, recorded=False)
-                else:
-                    self.postgres_away = False
-                    self._postgres_answered = asyncio.get_running_loop().time()
-                    _answer([item for item in batch if item[0].id in buried], recorded=False)
-                    _answer(batch, recorded=True)
+                    await self._write_batch(batch)
+                finally:
+                    patience.cancel()
 
-    async def _write_again(self, batch: Sequence[tuple[HistoryEntry, asyncio.Future[bool]]]) -> None:
+    async def _write_batch(self, batch: list[_Waiting]) -> None:
+        # A row of an older epoch may be one that Redis has lost since: only the drain, which reads what Redis holds
+        # now, may still write it.
+        epoch = batch[-1][0].epoch
+        if older := [item for item in batch if item[0].epoch != epoch]:
+            await self._write_again(older)
+            batch = [item for item in batch if item[0].epoch == epoch]
+        try:
+            buried = await self._write([entry for entry, _ in batch], epoch=epoch)
+        except FencedError:
+            metrics.HISTORY_FENCED.inc()
+            await self._write_again(batch)
+        except (*POSTGRES_ERRORS, errors.PlimsollError, RedisError) as error:
+            self._open_breaker(repr(error))
+            _answer(batch, recorded=False)
+        except Exception:
+            log.exception("the writer of history failed; the rows wait in the outbox")
+            self._open_breaker("our mistake")
+            _answer(batch, recorded=False)
+        else:
+            self.postgres_away = False
+            self._postgres_answered = asyncio.get_running_loop().time()
+            if buried:
+                _answer([item for item in batch if item[0].id in buried], recorded=False)
+            _answer(batch, recorded=True)
+
+    async def _write_again(self, batch: Sequence[_Waiting]) -> None:
         """Write those rows of a fenced batch that Redis still holds, in its new epoch.
 
         Postgres is not away. A row that stayed in Redis alone until it is old enough to be drained would have been
@@ -346,7 +357,7 @@ def entry_from_stream(entry_id: bytes, fields: dict[bytes, bytes]) -> HistoryEnt
     )
 
 
-def _answer(batch: Sequence[tuple[HistoryEntry, asyncio.Future[Any]]], *, recorded: bool) -> None:
+def _answer(batch: Sequence[_Waiting], *, recorded: bool) -> None:
     for _, answer in batch:
         if not answer.done():
             answer.set_result(recorded)

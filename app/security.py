@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final, Protocol
 
 import structlog
-from fastapi import Request, Response
+from fastapi import Request
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app import errors, schemas
@@ -108,19 +108,13 @@ class GuardedRoute(DirectRoute):
         options["operation_id"] = options.get("operation_id") or endpoint.__name__
         super().__init__(path, endpoint, **options)
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The route's handler, behind the gate of the process."""
-        handle, access = super().get_route_handler(), self.access
-        if access is None:
-            return handle
-
-        async def handle_if_admitted(request: Request) -> Response:
-            gate: Gate | None = request.scope["state"]["services"].gate
-            if gate is not None:
-                request.scope[_CALLER] = await gate.admit(request, access)
-            return await handle(request)
-
-        return handle_if_admitted
+    async def admit(self, request: Request) -> None:
+        """Ask the gate of the process, where the route is not open."""
+        if self.access is None:
+            return
+        gate: Gate | None = request.scope["state"]["services"].gate
+        if gate is not None:
+            request.scope[_CALLER] = await gate.admit(request, self.access)
 
 
 def caller_of(request: Request) -> Caller:

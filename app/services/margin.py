@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from decimal import Context, Decimal, DivisionByZero, InvalidOperation
+from decimal import ROUND_05UP, ROUND_HALF_EVEN, Context, Decimal, DivisionByZero, InvalidOperation
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar, overload
 
 if TYPE_CHECKING:
@@ -22,9 +22,8 @@ Column: TypeAlias = "NDArray[np.float64]"
 Flags: TypeAlias = "NDArray[np.bool_]"
 Amount = TypeVar("Amount", Decimal, "NDArray[np.float64]")
 
-_DIVISION: Final = Context(prec=80, traps=[InvalidOperation, DivisionByZero])
+_DIVISION: Final = Context(prec=80, rounding=ROUND_05UP, traps=[InvalidOperation, DivisionByZero])
 _ONE: Final = Decimal(1)
-_TWO: Final = Decimal(2)
 
 
 def notional(*, quantity: Amount, mark_price: Amount) -> Amount:
@@ -136,17 +135,13 @@ def is_restored(*, notional: Any, equity: Any, restore_margin: Any) -> Any:
 def divide_half_even(dividend: Decimal, divisor: Decimal, *, places: int = 8) -> Decimal:
     """``dividend / divisor``, rounded once, half-even, to ``places`` decimals.
 
-    The quotient is an integer with its remainder, so the rounding sees the true value and not one that was already
-    rounded to the precision of a context. Raises ``ZeroDivisionError``.
+    The quotient that is rounded ends in a digit that says whether more would follow (``ROUND_05UP`` is made for that),
+    so the rounding sees on which side of a half the true value lies. Raises ``ZeroDivisionError``.
     """
     if not divisor:
         raise ZeroDivisionError(f"{dividend} / {divisor}")
-    size = divisor.copy_abs()
-    whole, remainder = _DIVISION.divmod(_DIVISION.scaleb(dividend.copy_abs(), places), size)
-    twice = _DIVISION.add(remainder, remainder)
-    if twice > size or (twice == size and _DIVISION.remainder(whole, _TWO)):
-        whole = _DIVISION.add(whole, _ONE)
-    return _DIVISION.scaleb(whole if (dividend < 0) == (divisor < 0) else _DIVISION.minus(whole), -places)
+    quotient = _DIVISION.divide(dividend, divisor)
+    return quotient.quantize(_ONE.scaleb(-places), ROUND_HALF_EVEN, _DIVISION)
 
 
 def average_price(*, quantity: Decimal, cost: Decimal) -> Decimal:

@@ -152,16 +152,13 @@ def _position_report(
         margin.unrealised_pnl(quantity=position.quantity, cost=position.cost, mark_price=mark_price)
     )
     if all(other in prices for other in others):
-        rest = trading.account_margin(
-            Account(account.account_id, account.balance, others), contracts=contracts, prices=prices
-        )
         shown["liquidation_price"] = _optional(
             margin.liquidation_price(
                 quantity=position.quantity,
                 cost=position.cost,
                 maintenance_rate=contract.maintenance_rate,
                 balance=account.balance,
-                other=rest.exposure,
+                other=trading.exposure_of(others, contracts=contracts, prices=prices),
             )
         )
     return shown

@@ -14,7 +14,7 @@ from app import errors
 from app.contracts import AMOUNT_LIMIT, Contract
 from app.numbers import SMALLEST_UNIT, exact, format_decimal, is_multiple
 from app.services import margin
-from app.services.margin import AccountMargin
+from app.services.margin import AccountMargin, Exposure
 
 ZERO = Decimal(0)
 Side = Literal["buy", "sell"]
@@ -149,13 +149,12 @@ def apply_trade(position: Position, *, signed_quantity: Decimal, price: Decimal)
 
 
 @exact
-def account_margin(
-    account: Account, *, contracts: Mapping[str, Contract], prices: Mapping[str, Decimal]
-) -> AccountMargin[Decimal]:
-    """The margin of ``account`` at ``prices``, exact. Raises ``KeyError`` if an open symbol has no price."""
-    return AccountMargin(
-        balance=account.balance,
-        exposure=margin.total_exposure(
+def exposure_of(
+    positions: Mapping[str, Position], *, contracts: Mapping[str, Contract], prices: Mapping[str, Decimal]
+) -> Exposure[Decimal]:
+    """What ``positions`` amount to at ``prices``, exact. Raises ``KeyError`` if an open symbol has no price."""
+    return margin.total_exposure(
+        [
             margin.position_exposure(
                 quantity=position.quantity,
                 cost=position.cost,
@@ -163,9 +162,17 @@ def account_margin(
                 initial_rate=contracts[symbol].initial_rate,
                 maintenance_rate=contracts[symbol].maintenance_rate,
             )
-            for symbol, position in account.positions.items()
-        ),
+            for symbol, position in positions.items()
+        ]
     )
+
+
+def account_margin(
+    account: Account, *, contracts: Mapping[str, Contract], prices: Mapping[str, Decimal]
+) -> AccountMargin[Decimal]:
+    """The margin of ``account`` at ``prices``, exact. Raises ``KeyError`` if an open symbol has no price."""
+    exposure = exposure_of(account.positions, contracts=contracts, prices=prices)
+    return AccountMargin(balance=account.balance, exposure=exposure)
 
 
 def is_candidate(valued: AccountMargin[Decimal]) -> bool:
