@@ -76,14 +76,12 @@ def _typed_columns(model: type[HistoryRow]) -> str:
 _INSERT: Final = {
     kind: f"INSERT INTO {model.__tablename__} ({_columns(model)}) "  # noqa: S608
     f"SELECT {_columns(model)} FROM jsonb_to_recordset($1::text::jsonb) AS row ({_typed_columns(model)}) "
-    "WHERE $2::bigint IS NULL OR (SELECT max(newest.epoch) FROM epochs AS newest) = $2::bigint "
+    # Asked once a statement, and seen by a snapshot of its own, taken when the lock was granted (migration 0004).
+    "WHERE $2::bigint IS NULL OR (SELECT fenced_epoch()) = $2::bigint "
     # Of two writers of one row the later may meet any of its unique indexes first, not only that of the id.
     "ON CONFLICT DO NOTHING RETURNING id"
     for kind, model in HISTORY.items()
 }
-_BEGIN_FENCED: Final = f"BEGIN; SELECT pg_advisory_xact_lock_shared({FENCE_LOCK})"
-"""One call and two statements: the epoch must be read by a snapshot taken after the lock was granted."""
-
 _SAME: Final = {
     kind: f"WITH rows AS (SELECT {_columns(model)} FROM jsonb_to_recordset($1::text::jsonb) "  # noqa: S608
     f"AS row ({_typed_columns(model)})) SELECT id FROM (SELECT * FROM rows INTERSECT "
@@ -93,21 +91,13 @@ _SAME: Final = {
 
 
 async def write_history(engine: AsyncEngine, entries: Sequence[HistoryEntry], *, epoch: int) -> list[HistoryEntry]:
-    """Insert ``entries`` in one transaction; answer those whose id was there already with other content.
+    """Insert ``entries``, those of one kind by one statement; answer those whose id was there with other content.
 
+    Each statement is a transaction: an entry is recorded alone or with others, and stays in the outbox until it is.
     Raises ``FencedError`` when ``epoch`` is not the newest, and asyncpg's errors.
     """
     async with engine.connect() as connection, _invalidating(connection):
-        driver = await _driver(connection)
-        try:
-            await driver.execute(_BEGIN_FENCED, timeout=STATEMENT_TIMEOUT_SECONDS)
-            contradicted = await _insert(driver, entries, epoch=epoch)
-            await driver.execute("COMMIT", timeout=STATEMENT_TIMEOUT_SECONDS)
-        except BaseException:
-            if not driver.is_closed():
-                await driver.execute("ROLLBACK", timeout=STATEMENT_TIMEOUT_SECONDS)
-            raise
-        return contradicted
+        return await _insert(await _driver(connection), entries, epoch=epoch)
 
 
 async def insert_history(connection: AsyncConnection, entries: Sequence[HistoryEntry]) -> list[HistoryEntry]:
