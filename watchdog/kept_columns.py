@@ -5,9 +5,9 @@ reads the rows that were noted since its last one, all of one moment and with th
 (``app/scripts/changed_rows.lua``), and has the others still. It reads every row where that cannot be told: the first
 time, further behind than the notes reach, in a new epoch, and after a column was lost.
 
-Each sweep of the timer also reads one chunk in full, in turn, and compares: a row that changed without a note was
+Each sweep of the timer also reads some rows in full, in turn, and compares: a row that changed without a note was
 written by somebody else. It is logged and counted, and every row is read again. So a column that was edited by hand is
-seen after at most ``accounts / sweep_chunk_accounts`` sweeps of the timer; a store of one chunk is always read in full.
+seen after at most ``accounts / 16,384`` sweeps of the timer; a store of one chunk is always read in full.
 
 With the rows their headroom is kept (:mod:`app.headroom`), so a sweep does not look at all of a row that stands still.
 """
@@ -33,6 +33,9 @@ from watchdog import metrics
 ADOPTIONS_MAX: Final = 5
 CHANGES_PER_CALL: Final = 1_024
 """A script holds up everybody else at Redis for as long as it runs."""
+
+AUDITED_AT_ONCE: Final = 16_384
+"""Rows: a mark that comes meanwhile waits a millisecond for them, and ten for a whole chunk."""
 
 NO_SLOTS: Final = np.empty(0, dtype=np.int64)
 NO_MARKS: Final = Marks(prices={}, timestamps_us={}, version=0, by_hand=())
@@ -190,11 +193,11 @@ class KeptColumns:
         return marks
 
     async def _different_slots(self) -> NDArray[np.int64]:
-        """The slots of the chunk in turn whose rows are not those kept, or of which only one of the two has any."""
-        first = self._audit_slot if self._audit_slot < self._accounts else 0
-        self._audit_slot = first + self._size
-        chunk = await read_chunk(self._client, first, self._size, self._contracts)
-        kept, read = self._rows(first, self._size), _columns_of(chunk)
+        """The slots of the rows in turn that are not those kept, or of which only one of the two has any."""
+        first, count = self._audit_slot if self._audit_slot < self._accounts else 0, min(self._size, AUDITED_AT_ONCE)
+        self._audit_slot = first + count
+        chunk = await read_chunk(self._client, first, count, self._contracts)
+        kept, read = self._rows(first, count), _columns_of(chunk)
         both = min(len(kept[0]), len(read[0]))
         different = np.zeros(max(len(kept[0]), len(read[0])), dtype=np.bool_)
         different[both:] = True

@@ -24,8 +24,11 @@ from app.services import reports
 if TYPE_CHECKING:
     from watchdog.sweep import Swept
 
-ACCOUNTS_PER_CALL: Final = 50
+ACCOUNTS_PER_CALL: Final = 25
 PAUSE_SECONDS: Final = 0.25
+REST_TIMES: Final = 9
+"""It rests so many times as long as it worked: each of its calls is a sync of the append-only file, and trades wait."""
+
 GIVE_WAY_SECONDS: Final = 1
 ROWS_AT_ONCE: Final = 131_072
 THREAD_ROWS_MIN: Final = 16_384
@@ -38,7 +41,7 @@ class Refresher:
     def __init__(self, booking: Booking) -> None:
         self._booking = booking
         self._next_slot = 0
-        self._refreshed = -PAUSE_SECONDS
+        self._refreshed = self._rested = float("-inf")
 
     async def refresh(self, swept: Swept, *, asked: asyncio.Event) -> None:
         """Bring some accounts' keys up to date with ``swept``: all of them in a small store.
@@ -47,7 +50,7 @@ class Refresher:
         because a sweep was ``asked`` for is done again after that one.
         """
         began, before = time.monotonic(), self._refreshed
-        if began - before < PAUSE_SECONDS:
+        if began < self._rested:
             return
         budget = self._booking.settings.refresh_accounts_per_sweep
         async for chunk, indices in self._chosen(swept, budget):
@@ -57,6 +60,7 @@ class Refresher:
                     return
                 await self._write(chunk, readable[first : first + ACCOUNTS_PER_CALL], swept)
         self._refreshed = began
+        self._rested = began + max(PAUSE_SECONDS, (REST_TIMES + 1) * (time.monotonic() - began))
 
     async def _chosen(self, swept: Swept, budget: int) -> AsyncIterator[tuple[Chunk, list[int]]]:
         """The rows to write by chunk: all if the budget allows, else half of it at most risk, half in turn."""
