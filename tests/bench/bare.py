@@ -7,7 +7,8 @@ the same response class, a real answer of the product with what was sent put int
 constant here, so nothing could answer faster and still say the same.
 
 ``plain`` in place of ``bare`` is an endpoint as FastAPI's tutorial writes one. A bare one that is slower than that
-would be no limit: then the plain one is.
+would be no limit: then the plain one is. ``direct`` is the bare one on the product's own route class, which goes around
+FastAPI's solver: beside it everything counts that the product does for itself.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from app import main, schemas
 from app.cli import app as plimsoll
 from app.collector import spare_the_collector
 from app.config import get_settings
+from app.direct_route import DirectRoute
 from app.json_body import ExactJSONRoute
 from app.logging import configure_logging
 from app.routes.context import AccountPath, json_response
@@ -50,15 +52,15 @@ async def _lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
     yield {"services": SimpleNamespace(settings=settings)}
 
 
-def create_bare() -> FastAPI:
-    """The product's application without the product."""
+def create_bare(route_class: type[ExactJSONRoute] = ExactJSONRoute) -> FastAPI:
+    """The product's application without the product, on FastAPI's own way through a route."""
     answers = orjson.loads(os.environ[ANSWERS_VARIABLE])
     trade_answer, positions_answer = answers["trade"], answers["positions"]
     numbers = count(trade_answer["trade_id"])
     application = main.create_app()
     application.router.routes.clear()
     application.router.lifespan_context = _lifespan
-    application.router.route_class = ExactJSONRoute
+    application.router.route_class = route_class
 
     @application.post("/trade", status_code=201)
     async def post_trade(trade: schemas.TradeRequest) -> Response:
@@ -84,6 +86,11 @@ def create_bare() -> FastAPI:
         return json_response({"status": "ready"})
 
     return application
+
+
+def create_direct() -> FastAPI:
+    """The same on the product's way through a route."""
+    return create_bare(DirectRoute)
 
 
 class PlainTrade(BaseModel):

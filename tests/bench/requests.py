@@ -108,10 +108,11 @@ async def _beside_bare(row: Row, system: System, kind: Kind, scale: Scale, say: 
     """The product, the bare endpoint and a plain FastAPI one, in turn."""
     product = await system.start_api()
     answers = await _answers(product)
-    bare, plain = await _start_bare(system, "bare", answers), await _start_bare(system, "plain", answers)
-    for process in (product, bare, plain):
+    bare, plain, direct = [await _start_bare(system, which, answers) for which in ("bare", "plain", "direct")]
+    for process in (product, bare, plain, direct):
         await load(process.url, kind, accounts=scale.accounts, seconds=2, run=f"warm-{process.name}-")
     rates: list[tuple[float, float, float]] = []
+    beside_direct: list[float] = []
     recorded = partial(trades_recorded, system.stores.owner_url)
     for number in range(scale.rounds):
         if kind == "trade":
@@ -120,7 +121,9 @@ async def _beside_bare(row: Row, system: System, kind: Kind, scale: Scale, say: 
             measured = await loaded(row, product, kind, scale, run=f"r{number}-")
         barely = await loaded(row, bare, kind, scale, run=f"b{number}-")
         plainly = await loaded(row, plain, kind, scale, run=f"p{number}-")
+        directly = await loaded(row, direct, kind, scale, run=f"d{number}-")
         rates.append((measured.rate, barely.rate, plainly.rate))
+        beside_direct.append(measured.rate / directly.rate)
         if abs(measured.bytes_per_answer / barely.bytes_per_answer - 1) > BYTES_TOLERANCE:
             row.faults.append(
                 f"the answers are not of the same size: {measured.bytes_per_answer:.0f} and "
@@ -132,6 +135,9 @@ async def _beside_bare(row: Row, system: System, kind: Kind, scale: Scale, say: 
             f"{barely.bytes_per_answer:.0f} bytes an answer)"
         )
     compare(row, rates)
+    row.notes.append(
+        f"beside a bare endpoint that goes around FastAPI's solver too: {Spread.of(beside_direct).show('{:.2f}')}"
+    )
 
 
 def compare(row: Row, rates: list[tuple[float, float, float]]) -> None:

@@ -141,8 +141,8 @@ MUTANTS: Final = (
         "F21",
         "test_f21 and account",
         "app/scripts/guard.lua",
-        "if found ~= kind and found ~= 'none' then return {'wrong_type', key} end",
-        "if false then return {'wrong_type', key} end",
+        "if type(answer) == 'table' and answer.err then return nil, {'wrong_type', key} end",
+        "if false then return nil, {'wrong_type', key} end",
         "types are not checked before anything is touched",
     ),
     Mutant(
