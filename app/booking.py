@@ -37,7 +37,8 @@ ATTEMPTS_MAX: Final = 200
 """Of n simultaneous commits of one account one wins a round, so this is how many may meet; each round is two calls."""
 
 SLOW_CALL_SECONDS: Final = 0.1
-"""Where a call to Redis takes longer, many rounds are not within a request's time."""
+"""Where a call to Redis takes longer, many rounds are not within a request's time; nor is anything guessed, so that a
+stall meets a read first, which can be repeated, and not a commit of which nobody knows."""
 
 log = structlog.get_logger(__name__)
 
@@ -233,7 +234,7 @@ class Booking:
         way carries ``identity``, by which its outcome can be asked for.
         """
         try:
-            guess = self._recent.take(account_id)
+            guess = self._recent.take(account_id) if self.store.batcher.last_seconds < SLOW_CALL_SECONDS else None
             started, truth = time.monotonic(), None
             for _ in range(ATTEMPTS_MAX):
                 slow = self.store.batcher.last_seconds >= SLOW_CALL_SECONDS
@@ -265,6 +266,8 @@ class Booking:
                     truth = committed.snapshot
                     if truth is None:
                         metrics.CONFLICTS.inc()
+                    else:
+                        self._recent.forget_market()
                     continue
                 recorded = await self.outbox.record(committed)
                 if not recorded:

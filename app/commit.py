@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any, Final
+from typing import Any
 
 import orjson
 
@@ -21,8 +21,6 @@ from app.redis_client import StateStore
 from app.services import trading
 from app.services.margin import AccountMargin
 from app.services.trading import FLAT, Account, Position
-
-_NO_OPERATION: Final = ""
 
 
 @dataclass(slots=True)
@@ -103,7 +101,7 @@ class Commits:
             basis.market.mark_version,
             self._settings.outbox_soft_limit if change.adds_risk else self._settings.outbox_hard_limit,
             self._settings.operation_ttl_seconds,
-            "remember" if operation else _NO_OPERATION,
+            "remember" if operation else "",
             basis.balance_text,
             basis.seq_text,
             basis.breach_text,

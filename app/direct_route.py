@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import iscoroutinefunction
 from typing import Any, Final
 
-from fastapi import Response
+from fastapi import HTTPException, Response, params
 from fastapi.exceptions import RequestValidationError
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.json_body import ExactJSONRequest, ExactJSONRoute
 
-_NO_BODY: Final = [{"type": "missing", "loc": ("body",), "msg": "Field required", "input": None}]
+_NO_BODY: Final = {"type": "missing", "loc": ("body",), "msg": "Field required", "input": None}
 
 
 class DirectRoute(ExactJSONRoute):
@@ -28,13 +30,20 @@ class DirectRoute(ExactJSONRoute):
             self.app = self._direct_app()
 
     def _is_direct(self) -> bool:
-        """Whether the endpoint asks for nothing but its path, one body that is an object, and the request."""
-        asked = self.dependant
+        """Whether the endpoint asks for its path, one body in JSON and the request at most, and answers a response."""
+        asked, body = self.dependant, self.body_field
         others = (
             *(asked.dependencies, asked.query_params, asked.header_params, asked.cookie_params),
             *(asked.response_param_name, asked.background_tasks_param_name, asked.security_scopes_param_name),
+            *(asked.http_connection_param_name, asked.websocket_param_name, self.response_field),
         )
-        return not any(others) and not self._embed_body_fields and len(asked.body_params) <= 1
+        whole_body = body is None or (
+            len(asked.body_params) == 1
+            and not self._embed_body_fields
+            and body.field_info.is_required()
+            and not isinstance(body.field_info, params.Form)
+        )
+        return iscoroutinefunction(asked.call) and whole_body and not any(others)
 
     def _direct_app(self) -> ASGIApp:
         """The application that sends what the endpoint answers; what is raised is for the middleware.
@@ -56,10 +65,15 @@ class DirectRoute(ExactJSONRoute):
                 values[name], found = field.validate(scope["path_params"][alias], values, loc=("path", alias))
                 faults += found
             if body_field is not None:
-                if not await request.body():
-                    raise RequestValidationError(_NO_BODY)
-                values[body_field.name], found = body_field.validate(await request.json(), values, loc=("body",))
-                faults += found
+                try:
+                    sent = await request.body()
+                except ClientDisconnect as error:
+                    raise HTTPException(400, "the client left before its body was here") from error
+                if sent:
+                    values[body_field.name], found = body_field.validate(await request.json(), values, loc=("body",))
+                    faults += found
+                else:
+                    faults.append(_NO_BODY)
             if faults:
                 raise RequestValidationError(faults)
             if request_name is not None:

@@ -91,13 +91,18 @@ _SAME: Final = {
 
 
 async def write_history(engine: AsyncEngine, entries: Sequence[HistoryEntry], *, epoch: int) -> list[HistoryEntry]:
-    """Insert ``entries``, those of one kind by one statement; answer those whose id was there with other content.
+    """Insert ``entries`` in one transaction; answer those whose id was there already with other content.
 
-    Each statement is a transaction: an entry is recorded alone or with others, and stays in the outbox until it is.
-    Raises ``FencedError`` when ``epoch`` is not the newest, and asyncpg's errors.
+    Those of one kind are one statement, which ends its transaction itself. Raises ``FencedError`` when ``epoch`` is not
+    the newest, and asyncpg's errors.
     """
     async with engine.connect() as connection, _invalidating(connection):
-        return await _insert(await _driver(connection), entries, epoch=epoch)
+        driver = await _driver(connection)
+        if len({entry.kind for entry in entries}) <= 1:
+            return await _insert(driver, entries, epoch=epoch)
+        # An account may have rows of several kinds here: history must not have the later without the earlier.
+        async with driver.transaction():
+            return await _insert(driver, entries, epoch=epoch)
 
 
 async def insert_history(connection: AsyncConnection, entries: Sequence[HistoryEntry]) -> list[HistoryEntry]:

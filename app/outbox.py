@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import asyncpg
 import structlog
@@ -48,10 +48,15 @@ POSTGRES_ERRORS: Final = (
     TimeoutError,
 )
 
-_Waiting = tuple[HistoryEntry, asyncio.Future[bool]]
-"""A row on its way to Postgres, and who waits for it."""
-
 log = structlog.get_logger(__name__)
+
+
+class Waiting(NamedTuple):
+    """A row on its way to Postgres, who waits for it, and since when by the clock of the loop."""
+
+    entry: HistoryEntry
+    answer: asyncio.Future[bool]
+    since: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +74,9 @@ class Outbox:
         self._store = store
         self._engine = engine
         self._settings = settings
-        self._waiting: list[_Waiting] = []
-        self._waiting_since = float("-inf")
+        self._waiting: list[Waiting] = []
+        self._in_hand: list[Waiting] = []
+        self._patience: asyncio.TimerHandle | None = None
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._postgres_answered = float("-inf")
@@ -96,8 +102,10 @@ class Outbox:
     async def stop(self) -> None:
         """Write what waits, bounded by one statement's time, then end."""
         if self._waiting and not self.postgres_away:
-            await asyncio.wait([answer for _, answer in self._waiting], timeout=self._settings.record_timeout_seconds)
+            await asyncio.wait([item.answer for item in self._waiting], timeout=self._settings.record_timeout_seconds)
         await background.end(self._tasks)
+        if self._patience is not None:
+            self._patience.cancel()
 
     async def record(self, entries: Sequence[HistoryEntry]) -> bool:
         """Wait until ``entries`` are committed in Postgres; False once it is known to be away.
@@ -107,18 +115,30 @@ class Outbox:
         if self.postgres_away:
             return False
         loop = asyncio.get_running_loop()
-        if not self._waiting:
-            self._waiting_since = loop.time()
-        answers: list[asyncio.Future[bool]] = [loop.create_future() for _ in entries]
-        self._waiting += zip(entries, answers, strict=True)
+        now = loop.time()
+        waiting = [Waiting(entry, loop.create_future(), now) for entry in entries]
+        self._waiting += waiting
         self._wake.set()
-        return all([await answer for answer in answers])
+        if self._patience is None:
+            self._patience = loop.call_at(now + self._settings.record_timeout_seconds, self._end_patience)
+        return all([await item.answer for item in waiting])
 
-    def _give_up(self, batch: Sequence[_Waiting]) -> None:
-        """Answer whoever waits that Postgres does not; the rows stay where they are."""
+    def _end_patience(self) -> None:
+        """Answer whoever waits, if one of them has waited too long; the rows stay where they are.
+
+        One timer for all of them, set again only when it fires: one a row would cost as much as its commit.
+        """
+        self._patience = None
+        unanswered = [item for item in (*self._in_hand, *self._waiting) if not item.answer.done()]
+        if not unanswered:
+            return
+        loop = asyncio.get_running_loop()
+        give_up_at = unanswered[0].since + self._settings.record_timeout_seconds
+        if loop.time() < give_up_at:
+            self._patience = loop.call_at(give_up_at, self._end_patience)
+            return
         self._open_breaker("no answer in time")
-        _answer(batch, recorded=False)
-        _answer(self._waiting, recorded=False)
+        _answer(unanswered, recorded=False)
 
     async def is_recorded(self, kind: str, history_id: int) -> bool:
         """Whether the row is in Postgres; False where that cannot be said now."""
@@ -197,50 +217,44 @@ class Outbox:
         return entries
 
     async def _write_forever(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             await self._wake.wait()
             self._wake.clear()
             while self._waiting:
-                batch = self._waiting[: self._settings.outbox_batch_rows]
-                del self._waiting[: len(batch)]
-                # One timer a batch, for the row that has waited longest: one a row would cost as much as its commit.
-                patience = loop.call_at(
-                    self._waiting_since + self._settings.record_timeout_seconds, self._give_up, batch
-                )
-                self._waiting_since = loop.time()
+                self._in_hand = self._waiting[: self._settings.outbox_batch_rows]
+                del self._waiting[: len(self._in_hand)]
                 try:
-                    await self._write_batch(batch)
+                    await self._write_batch(self._in_hand)
+                except Exception:
+                    log.exception("the writer of history failed; the rows wait in the outbox")
+                    self._open_breaker("our mistake")
                 finally:
-                    patience.cancel()
+                    _answer(self._in_hand, recorded=False)
+                    self._in_hand = []
 
-    async def _write_batch(self, batch: list[_Waiting]) -> None:
+    async def _write_batch(self, batch: list[Waiting]) -> None:
         # A row of an older epoch may be one that Redis has lost since: only the drain, which reads what Redis holds
         # now, may still write it.
-        epoch = batch[-1][0].epoch
-        if older := [item for item in batch if item[0].epoch != epoch]:
+        epoch = batch[-1].entry.epoch
+        if older := [item for item in batch if item.entry.epoch != epoch]:
             await self._write_again(older)
-            batch = [item for item in batch if item[0].epoch == epoch]
+            batch = [item for item in batch if item.entry.epoch == epoch]
         try:
-            buried = await self._write([entry for entry, _ in batch], epoch=epoch)
+            buried = await self._write([item.entry for item in batch], epoch=epoch)
         except FencedError:
             metrics.HISTORY_FENCED.inc()
             await self._write_again(batch)
         except (*POSTGRES_ERRORS, errors.PlimsollError, RedisError) as error:
             self._open_breaker(repr(error))
             _answer(batch, recorded=False)
-        except Exception:
-            log.exception("the writer of history failed; the rows wait in the outbox")
-            self._open_breaker("our mistake")
-            _answer(batch, recorded=False)
         else:
             self.postgres_away = False
             self._postgres_answered = asyncio.get_running_loop().time()
             if buried:
-                _answer([item for item in batch if item[0].id in buried], recorded=False)
+                _answer([item for item in batch if item.entry.id in buried], recorded=False)
             _answer(batch, recorded=True)
 
-    async def _write_again(self, batch: Sequence[_Waiting]) -> None:
+    async def _write_again(self, batch: Sequence[Waiting]) -> None:
         """Write those rows of a fenced batch that Redis still holds, in its new epoch.
 
         Postgres is not away. A row that stayed in Redis alone until it is old enough to be drained would have been
@@ -251,14 +265,15 @@ class Outbox:
             # Redis hears of a new epoch right after Postgres.
             await asyncio.sleep(FENCED_PAUSE_SECONDS)
             try:
-                epoch, held = await self._still_held([entry for entry, _ in batch])
-                await self._write([entry for entry, _ in batch if entry in held], epoch=epoch)
+                epoch, held = await self._still_held([item.entry for item in batch])
+                buried = await self._write([item.entry for item in batch if item.entry in held], epoch=epoch)
+                held = {entry for entry in held if entry.id not in buried}
                 break
             except (*POSTGRES_ERRORS, FencedError, errors.PlimsollError, RedisError) as error:
                 held = set()
                 log.debug("fenced rows wait", error=repr(error))
         for item in batch:
-            _answer([item], recorded=item[0] in held)
+            _answer([item], recorded=item.entry in held)
 
     async def _still_held(self, entries: Sequence[HistoryEntry]) -> tuple[int, set[HistoryEntry]]:
         """The epoch of Redis, and which of ``entries`` its stream holds. An id alone proves nothing.
@@ -357,7 +372,7 @@ def entry_from_stream(entry_id: bytes, fields: dict[bytes, bytes]) -> HistoryEnt
     )
 
 
-def _answer(batch: Sequence[_Waiting], *, recorded: bool) -> None:
-    for _, answer in batch:
-        if not answer.done():
-            answer.set_result(recorded)
+def _answer(batch: Sequence[Waiting], *, recorded: bool) -> None:
+    for item in batch:
+        if not item.answer.done():
+            item.answer.set_result(recorded)

@@ -63,6 +63,10 @@ class Recent:
         elif self._market is None or market.mark_version >= self._market.mark_version:
             self._market, self._mark_texts = market, mark_texts
 
+    def forget_market(self) -> None:
+        """A guess was wrong: the marks are those of the next read, even if their version is older."""
+        self._market = None
+
     def keep(self, known: KnownAccount) -> None:
         """Remember an account that has just been committed and is in no breach."""
         self._accounts[known.account.account_id] = known
@@ -74,6 +78,8 @@ class Recent:
         known = self._accounts.pop(account_id, None)
         if known is None or self._market is None:
             return None
+        if not all(self._mark_texts.get(symbol) for symbol in known.account.positions):
+            return None  # a mark that is missing cannot be compared: it may be set by hand meanwhile
         return Basis(
             account=known.account,
             market=self._market,

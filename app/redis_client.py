@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from app import errors
@@ -242,11 +242,7 @@ class StateStore:
         type, ``StoreUnavailable`` when nothing was sent, and ``OutcomeUnknown`` when it was sent and no answer came.
         """
         try:
-            try:
-                call = ("EVALSHA", script.sha, len(keys), *keys, *arguments)
-                answer = await self.batcher.execute(*call, replicated=script.writes)
-            except NoScriptError:
-                answer = await self.batcher.evaluate(script.sha, script.text, keys, arguments, replicated=script.writes)
+            answer = await self.batcher.evaluate(script.sha, script.text, keys, arguments, replicated=script.writes)
         except NotSentError as error:
             raise errors.StoreUnavailable("Redis cannot be reached", reason="redis") from error
         except NotReplicatedError as error:

@@ -18,6 +18,9 @@ from sqlalchemy.exc import ProgrammingError
 from app.models import Base
 from app.server_process import EmbeddedServerError
 
+FENCE: Final = "fenced_epoch()"
+"""Of migration 0004; not there before it."""
+
 REVISIONS: Final = "alembic_version"
 """Alembic's own table: the service may read at which revision the schema is."""
 
@@ -53,6 +56,8 @@ def grant_to_service(connection: Connection, service_url: URL) -> None:
         f"GRANT SELECT ON {revisions} TO {quote(role)}",
     ):
         connection.execute(text(statement))
+    if connection.scalar(text(f"SELECT to_regprocedure('{schema}.{FENCE}')")) is not None:
+        connection.execute(text(f"GRANT EXECUTE ON FUNCTION {schema}.{FENCE} TO {quote(role)}"))
 
 
 def _make(connection: Connection, role: str, password: str | None, *, owner: str) -> None:

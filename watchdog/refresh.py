@@ -41,7 +41,7 @@ class Refresher:
     def __init__(self, booking: Booking) -> None:
         self._booking = booking
         self._next_slot = 0
-        self._refreshed = self._rested = float("-inf")
+        self._rested = float("-inf")
 
     async def refresh(self, swept: Swept, *, asked: asyncio.Event) -> None:
         """Bring some accounts' keys up to date with ``swept``: all of them in a small store.
@@ -49,17 +49,16 @@ class Refresher:
         Not after every sweep of a flood of marks; the timer's sweep brings what such a pause left out. One that stops
         because a sweep was ``asked`` for is done again after that one.
         """
-        began, before = time.monotonic(), self._refreshed
+        began = time.monotonic()
         if began < self._rested:
             return
         budget = self._booking.settings.refresh_accounts_per_sweep
         async for chunk, indices in self._chosen(swept, budget):
             readable = [index for index in indices if chunk.first_slot + index not in swept.quarantined]
             for first in range(0, len(readable), ACCOUNTS_PER_CALL):
-                if asked.is_set() and began - before < GIVE_WAY_SECONDS:
+                if asked.is_set() and began - self._rested < GIVE_WAY_SECONDS:
                     return
                 await self._write(chunk, readable[first : first + ACCOUNTS_PER_CALL], swept)
-        self._refreshed = began
         self._rested = began + max(PAUSE_SECONDS, (REST_TIMES + 1) * (time.monotonic() - began))
 
     async def _chosen(self, swept: Swept, budget: int) -> AsyncIterator[tuple[Chunk, list[int]]]:

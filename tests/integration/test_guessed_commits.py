@@ -132,6 +132,25 @@ async def test_a_mark_that_cannot_be_read_stops_the_known_account_too(counters: 
         await here.buy("0.1")
 
 
+async def test_a_mark_that_was_missing_and_is_set_by_hand_is_no_ground_for_a_guess(
+    counters: tuple[Counter, Counter],
+) -> None:
+    here, _ = counters
+    await here.redis.delete(keys.mark_price_key(BTC_PERP))
+    await here.deposit("1")
+    await here.redis.set(keys.mark_price_key(BTC_PERP), ELSEWHERE)
+    assert (await here.deposit("1")).answer["equity"] == "100012"
+
+
+async def test_a_wrong_guess_is_made_once_though_the_mark_version_went_back(counters: tuple[Counter, Counter]) -> None:
+    here, _ = counters
+    await here.redis.set(keys.MARK_VERSION, "0")
+    judged = len(here.booking.judged)
+    for _ in range(3):
+        await here.buy("0.1")
+    assert len(here.booking.judged) == judged + 1
+
+
 async def test_a_halt_is_heard_of(counters: tuple[Counter, Counter]) -> None:
     here, _ = counters
     await here.redis.set(keys.STATE_HALTED, "1")

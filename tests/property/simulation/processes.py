@@ -20,7 +20,7 @@ from app.config import Settings
 from app.embedded import Stores
 from app.history import FencedError, HistoryEntry
 from app.models import HISTORY
-from app.outbox import POSTGRES_ERRORS, Outbox, entry_from_stream
+from app.outbox import POSTGRES_ERRORS, Outbox, Waiting, entry_from_stream
 from app.redis_client import StateStore
 from tests.property.simulation.steps import CURRENT, Crash, Steps, Stop, Weather, between
 from watchdog.audit import Audit
@@ -41,11 +41,9 @@ class DirectOutbox(Outbox):
             recorded = not await self._write(entries, epoch=entries[0].epoch)
         except FencedError:
             loop = asyncio.get_running_loop()
-            batch: list[tuple[HistoryEntry, asyncio.Future[bool]]] = [
-                (entry, loop.create_future()) for entry in entries
-            ]
+            batch = [Waiting(entry, loop.create_future(), loop.time()) for entry in entries]
             await self._write_again(batch)
-            recorded = all([await answer for _, answer in batch])
+            recorded = all([await item.answer for item in batch])
         except (*POSTGRES_ERRORS, errors.PlimsollError, RedisError):
             return False
         await between("delete | answer")
