@@ -185,7 +185,7 @@ class Sweeper:
             await self._store.client.hset(keys.QUARANTINED, name, reason)
         answer = await self._store.run(
             keys.SWEPT,
-            [keys.STATE_EPOCH, keys.STATE_RUN_ID, keys.STATE_SWEPT],
+            [keys.STATE_EPOCH, keys.STATE_RUN_ID, keys.STATE_SWEPT, keys.CHANGED],
             [self._store.signature, min(versions), epoch],
         )
         if answer[0] != "ok":

@@ -104,6 +104,11 @@ local function note_changes(changed_key, bytes, slots)
   redis.call('SETRANGE', changed_key, bytes, slots)
 end
 
+-- Where nothing is noted, begin: a sweep that reads every row from now on knows what it has read.
+local function begin_changes(changed_key, bytes)
+  if bytes == 0 then note_changes(changed_key, bytes, '') end
+end
+
 -- Without a note of what changed, every row counts as changed: the numbers go on beyond whatever a sweep knows.
 local function forget_changes(changed_key)
   local bytes, bad = read('STRLEN', changed_key)

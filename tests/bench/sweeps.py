@@ -285,7 +285,9 @@ async def _columns_only(count: int) -> AsyncIterator[Sweeps]:
         await write_columns(booking, population)
         sweeps = Sweeps(booking, population, set())
         try:
+            # The first finds that nothing was ever noted and begins to note; the second reads every row to keep it.
             await sweeps.first()
+            await sweeps.timed(change=False)
             yield sweeps
         finally:
             await sweeps.close()

@@ -252,6 +252,19 @@ async def test_every_row_is_read_when_the_changes_were_lost(desk: Desk, damage: 
     assert await desk.read_kept(desk.kept) == (await desk.read_in_full(), 0)
 
 
+async def test_a_system_in_which_nothing_changes_is_not_read_in_full_for_ever(desk: Desk) -> None:
+    await desk.redis.delete(keys.CHANGED)
+    sweeper = Sweeper(desk.booking, Refresher(desk.booking))
+    chunks_read = []
+    for _ in range(4):
+        desk.chunks_read.clear()
+        await sweeper._sweep()
+        chunks_read.append(len(desk.chunks_read))
+    assert chunks_read == [4, 4, 0, 0]
+    await desk.deposit(NAMES[3], "1")
+    assert await desk.read_kept(sweeper._columns) == (await desk.read_in_full(), 0)
+
+
 async def test_every_row_is_read_in_a_new_epoch(desk: Desk) -> None:
     await desk.read_kept(desk.kept)
     await desk.new_epoch()
