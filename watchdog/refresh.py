@@ -24,7 +24,9 @@ from app.services import reports
 if TYPE_CHECKING:
     from watchdog.sweep import Swept
 
-ACCOUNTS_PER_CALL: Final = 25
+ACCOUNTS_PER_CALL: Final = 8
+"""A mark that comes meanwhile waits for one call: with 25 accounts in it, its p99 was a fifth longer."""
+
 PAUSE_SECONDS: Final = 0.25
 REST_TIMES: Final = 9
 """It rests so many times as long as it worked: each of its calls is a sync of the append-only file, and trades wait."""
