@@ -92,7 +92,6 @@ class Commits:
         balance_text = format_decimal(after.balance).encode()
         body = orjson.dumps({"mark_version": basis.market.mark_version, **change.row})
         recovery = self._recovery(basis, change)
-        equity_text, used_margin_text = change.row.get("equity_after"), change.row.get("used_margin_after")
         touched = self._touched(basis, change)
         arguments: list[str | bytes | int] = [
             self._store.signature,
@@ -107,8 +106,8 @@ class Commits:
             basis.breach_text,
             balance_text,
             pack(after.balance),
-            equity_text or "",
-            used_margin_text or "",
+            change.row.get("equity_after") or "",
+            change.row.get("used_margin_after") or "",
             body,
             recovery,
             basis.epoch,

@@ -233,6 +233,7 @@ class Outbox:
                     self._in_hand = []
 
     async def _write_batch(self, batch: list[Waiting]) -> None:
+        """Write ``batch`` and answer who waits for a row of it; whom this leaves waiting is answered False."""
         # A row of an older epoch may be one that Redis has lost since: only the drain, which reads what Redis holds
         # now, may still write it.
         epoch = batch[-1].entry.epoch
@@ -246,7 +247,6 @@ class Outbox:
             await self._write_again(batch)
         except (*POSTGRES_ERRORS, errors.PlimsollError, RedisError) as error:
             self._open_breaker(repr(error))
-            _answer(batch, recorded=False)
         else:
             self.postgres_away = False
             self._postgres_answered = asyncio.get_running_loop().time()

@@ -99,9 +99,8 @@ class Snapshot:
 
     def marks(self, contracts: Mapping[str, Contract]) -> dict[str, Mark]:
         """The marks by symbol, as ``prices``."""
-        timestamps = {symbol: texts[2] for symbol, texts in self.mark_texts.items()}
         return {
-            symbol: Mark(price, int(timestamps[symbol]) if timestamps[symbol].isdigit() else self.now_us)
+            symbol: Mark(price, int(timestamp) if (timestamp := self.mark_texts[symbol][2]).isdigit() else self.now_us)
             for symbol, price in self.prices(contracts).items()
         }
 
