@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -20,7 +20,7 @@ from redis.exceptions import RedisError
 from app import answers, errors, metrics
 from app import redis_client as keys
 from app.column_repair import ColumnRepair
-from app.commit import Change, Commits, Moved
+from app.commit import Change, Commits, Committed, Decide, Moved
 from app.config import Settings
 from app.contracts import Contract
 from app.evidence import shown_record
@@ -63,7 +63,7 @@ class Booking:
         self.contracts: Mapping[str, Contract] = {contract.symbol: contract for contract in settings.contracts}
         self.marks = MarkBook(store, self.contracts, jump_max=settings.mark_jump_max)
         self.column_repair = ColumnRepair(store, self.contracts)
-        self._commits = Commits(store, settings, self.contracts)
+        self._commits = Commits(store, outbox, settings, self.contracts)
         self._recent = self._commits.recent
         self._symbols = list(self.contracts)
         self._keys_of_symbols = keys.keys_of_symbols(self.contracts)
@@ -211,11 +211,10 @@ class Booking:
                 "positions_after": shown_record(account),
             },
         )
-        entries = await self._commits.commit(self.basis(snapshot, before), change, operation="")
-        if isinstance(entries, list):
+        outcome = await self._commits.commit(self.basis(snapshot, before), lambda *_: change, operation="")
+        if isinstance(outcome, Committed):
             metrics.ADJUSTMENTS.inc()
             log.warning("adopted an edit by hand", account_id=account.account_id, balance=str(account.balance))
-            await self.outbox.record(entries)
             return True
         return False
 
@@ -226,7 +225,7 @@ class Booking:
         operation: str,
         identity: Mapping[str, str],
         content: Mapping[str, str],
-        decide: Callable[[Account, Market], Change],
+        decide: Decide,
     ) -> Booked:
         """Decide and commit on what this process knows, if it knows the account; else read first, until it held still.
 
@@ -250,36 +249,34 @@ class Booking:
                     if basis is None:
                         continue
                 try:
-                    change = decide(basis.account, basis.market)
+                    outcome = await self._commits.commit(basis, decide, operation=operation)
                 except errors.Refusal:
                     if basis.guessed:
                         continue
                     raise
-                try:
-                    committed = await self._commits.commit(basis, change, operation=operation)
                 except errors.ColumnsShort:
                     await self._rebuild_columns()
                     continue
-                if isinstance(committed, bytes):
-                    return await self._replayed(kind, account_id, operation, committed, content, identity)
-                if isinstance(committed, Moved):
-                    truth = committed.snapshot
+                if isinstance(outcome, bytes):
+                    return await self._replayed(kind, account_id, operation, outcome, content, identity)
+                if isinstance(outcome, Moved):
+                    truth = outcome.snapshot
                     if truth is None:
                         metrics.CONFLICTS.inc()
                     else:
                         self._recent.forget_market()
                     continue
-                recorded = await self.outbox.record(committed)
-                if not recorded:
-                    await self._require_booked(operation, committed[0].id)
+                entry = outcome.entries[0]
+                if not outcome.recorded:
+                    await self._require_booked(operation, entry.id)
                 answer = answers.operation_answer(
                     kind,
                     account_id,
-                    history_id=committed[0].id,
-                    time_us=committed[0].time_us,
-                    row=change.row,
-                    shown=change.shown,
-                    recorded=recorded,
+                    history_id=entry.id,
+                    time_us=entry.time_us,
+                    row=outcome.change.row,
+                    shown=outcome.change.shown,
+                    recorded=outcome.recorded,
                 )
                 return Booked("booked", answer)
             raise errors.Contended(f"account {account_id} changed under every attempt", reason="contended")

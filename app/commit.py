@@ -1,26 +1,35 @@
-"""The commit: one decided change of an account as the one call of Redis that makes it, or finds that it moved."""
+"""The commit: decided changes of accounts, in the one call of Redis that makes each or finds that its account moved."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
+from app import errors
 from app import redis_client as keys
 from app.config import Settings
 from app.contracts import Contract
 from app.evidence import recovery_body
 from app.history import HistoryEntry
 from app.numbers import format_decimal
+from app.outbox import Outbox
 from app.recent import Basis, KnownAccount, Recent
-from app.records import NOTHING, Snapshot, encode_position, pack, snapshot_from
+from app.records import Snapshot, encode_position, pack, pack_position, snapshot_from
 from app.redis_client import StateStore
 from app.services import trading
 from app.services.margin import AccountMargin
-from app.services.trading import FLAT, Account, Position
+from app.services.trading import FLAT, Account, Market, Position
+
+COMMITS_PER_CALL: Final = 8
+"""A script holds up everybody else at Redis for as long as it runs."""
+
+_Touched = tuple[int, bytes, Position]
+"""The number of a symbol whose rows are written, and its position after the change, as text and as numbers."""
 
 
 @dataclass(slots=True)
@@ -47,40 +56,74 @@ class Moved:
     snapshot: Snapshot | None
 
 
-class Commits:
-    """Makes the commits of one process, and remembers what they left."""
+@dataclass(slots=True)
+class Committed:
+    """A change that is in Redis, its rows of history, and whether Postgres has those already."""
 
-    def __init__(self, store: StateStore, settings: Settings, contracts: Mapping[str, Contract]) -> None:
+    change: Change
+    entries: list[HistoryEntry]
+    recorded: bool
+
+
+Decide = Callable[[Account, Market], Change]
+"""What is to become of an account in a market; raises the refusal of it."""
+
+Outcome = Committed | Moved | bytes
+"""What comes of a change: it is committed, its account has moved, or its operation was booked before, as bytes say."""
+
+
+@dataclass(slots=True)
+class _Asked:
+    """A change that somebody waits for: what it is decided on, and how."""
+
+    basis: Basis
+    decide: Decide
+    operation: str
+    answer: asyncio.Future[Outcome]
+
+    def settle(self, outcome: Outcome) -> None:
+        """Say what came of it, unless nobody waits any more."""
+        if not self.answer.done():
+            self.answer.set_result(outcome)
+
+    def fail(self, error: BaseException) -> None:
+        """Say that it failed, unless what came of it is known."""
+        if not self.answer.done():
+            self.answer.set_exception(error)
+
+
+@dataclass(slots=True)
+class _Part:
+    """A decided change as its part of a call of the script."""
+
+    asked: _Asked
+    change: Change
+    touched: list[_Touched]
+    balance_text: bytes
+    body: bytes
+    recovery: bytes
+
+
+class Commits:
+    """Makes the commits of one process, has their rows recorded, and remembers what they left.
+
+    What is asked for in one turn of the loop is decided one after the other and committed in one call of the script,
+    some at a time: a processor that decides and a Redis that commits have the code and the keys at hand. Whoever waits
+    is woken once, when Postgres has the rows: a request that waits is two dozen frames deep.
+    """
+
+    def __init__(
+        self, store: StateStore, outbox: Outbox, settings: Settings, contracts: Mapping[str, Contract]
+    ) -> None:
         self._store = store
+        self._outbox = outbox
         self._settings = settings
         self._symbols = list(contracts)
-        self._columns = {
-            symbol: (keys.quantity_column(symbol), keys.cost_column(symbol), keys.open_positions_key(symbol))
-            for symbol in contracts
-        }
-        self._keys_of_symbols = keys.keys_of_symbols(contracts)
-        self.recent = Recent()
-
-    async def commit(self, basis: Basis, change: Change, *, operation: str) -> list[HistoryEntry] | bytes | Moved:
-        """Commit ``change`` if the account is still as ``basis`` has it.
-
-        Answers the rows of history it made, the operation's first result if it was booked before, or how the account
-        or what was guessed has moved.
-        """
-        after = change.after
-        account_id = after.account_id
-        balance, positions, ledger, equity, used_margin = keys.account_keys(account_id)
-        called_keys = [
+        self._shared_keys = [
             keys.STATE_EPOCH,
             keys.STATE_RUN_ID,
             keys.HISTORY_LAST_ID,
             keys.OUTBOX,
-            operation or keys.operation_key("none", account_id, ""),
-            balance,
-            positions,
-            ledger,
-            equity,
-            used_margin,
             keys.ACCOUNTS,
             keys.COLUMN_BALANCE,
             keys.COLUMN_BREACH,
@@ -88,73 +131,154 @@ class Commits:
             keys.MARK_VERSION,
             keys.STATE_HALTED,
             keys.CHANGED,
+            *keys.keys_of_symbols(contracts),
+            *map(keys.open_positions_key, contracts),
         ]
-        balance_text = format_decimal(after.balance).encode()
-        body = orjson.dumps({"mark_version": basis.market.mark_version, **change.row})
-        recovery = self._recovery(basis, change)
-        touched = self._touched(basis, change)
-        arguments: list[str | bytes | int] = [
-            self._store.signature,
+        self._shared_arguments: list[str | bytes | int] = [
+            store.signature,
+            settings.operation_ttl_seconds,
+            len(self._symbols),
+            *self._symbols,
+        ]
+        self._asked: list[_Asked] = []
+        self._calls: set[asyncio.Task[None]] = set()
+        self.recent = Recent()
+
+    def commit(self, basis: Basis, decide: Decide, *, operation: str) -> asyncio.Future[Outcome]:
+        """Decide on ``basis``, commit the change if the account is still so, and have Postgres record it.
+
+        Raises what ``decide`` and ``StateStore.run`` do.
+        """
+        loop = asyncio.get_running_loop()
+        if not self._asked:
+            loop.call_soon(self._make_calls)
+        asked = _Asked(basis, decide, operation, loop.create_future())
+        self._asked.append(asked)
+        return asked.answer
+
+    def _make_calls(self) -> None:
+        asked, self._asked = self._asked, []
+        for first in range(0, len(asked), COMMITS_PER_CALL):
+            call = asyncio.get_running_loop().create_task(self._make_call(asked[first : first + COMMITS_PER_CALL]))
+            self._calls.add(call)
+            call.add_done_callback(self._calls.discard)
+
+    async def _make_call(self, asked: list[_Asked]) -> None:
+        """Decide some changes, commit them in one call, have their rows recorded, and answer each."""
+        try:
+            called_keys, arguments = self._shared_keys.copy(), self._shared_arguments.copy()
+            parts = [part for each in asked if (part := self._decide(each, called_keys, arguments)) is not None]
+            if not parts:
+                return
+            _, *outcomes = await self._store.run(keys.COMMIT, called_keys, arguments)
+            made = [(part, self._entries(part, outcome)) for part, outcome in zip(parts, outcomes, strict=True)]
+            rows = [entry for _, entries in made for entry in entries]
+            recorded = dict(zip(rows, await self._outbox.record_each(rows), strict=True))
+            for part, entries in made:
+                if entries:
+                    part.asked.settle(Committed(part.change, entries, all(recorded[entry] for entry in entries)))
+        except errors.Unavailable as error:
+            for each in asked:
+                each.fail(error.another())
+        except BaseException as error:
+            # Our mistake, or the end of the loop: whoever waits must hear of it all the same.
+            for each in asked:
+                each.fail(error)
+            raise
+
+    def _decide(self, asked: _Asked, called_keys: list[str], arguments: list[str | bytes | int]) -> _Part | None:
+        """Decide a change and add it to what the script is called with; None where it is refused, which is answered."""
+        basis = asked.basis
+        try:
+            change = asked.decide(basis.account, basis.market)
+        except errors.PlimsollError as error:
+            asked.fail(error)
+            return None
+        after = change.after
+        account_id = after.account_id
+        part = _Part(
+            asked=asked,
+            change=change,
+            touched=self._touched(basis, change),
+            balance_text=format_decimal(after.balance).encode(),
+            body=orjson.dumps({"mark_version": basis.market.mark_version, **change.row}),
+            recovery=self._recovery(basis, change),
+        )
+        called_keys.append(asked.operation or keys.operation_key("none", account_id, ""))
+        called_keys += keys.account_keys(account_id)
+        first = len(arguments)
+        arguments += (
+            0,
             account_id,
             change.kind,
             basis.market.mark_version,
             self._settings.outbox_soft_limit if change.adds_risk else self._settings.outbox_hard_limit,
-            self._settings.operation_ttl_seconds,
-            "remember" if operation else "",
+            "remember" if asked.operation else "",
             basis.balance_text,
             basis.seq_text,
             basis.breach_text,
-            balance_text,
+            part.balance_text,
             pack(after.balance),
             change.row.get("equity_after") or "",
             change.row.get("used_margin_after") or "",
-            body,
-            recovery,
+            part.body,
+            part.recovery,
             basis.epoch,
-            len(touched),
-        ]
-        for symbol, encoded, position in touched:
-            called_keys += self._columns[symbol]
-            arguments += (symbol, encoded)
-            arguments += (NOTHING, NOTHING) if position == FLAT else (pack(position.quantity), pack(position.cost))
+            len(part.touched),
+        )
+        for number, encoded, position in part.touched:
+            arguments += (number, encoded, pack_position(position))
         arguments.append(len(basis.fields) // 2)
         arguments += basis.fields
         if basis.mark_texts is not None:
-            called_keys += self._keys_of_symbols
             # A guess rests on the marks too, those that value the account before or after the change.
             for symbol, mark_text in basis.mark_texts.items():
                 valued = symbol in after.positions or symbol in basis.account.positions
-                arguments += (symbol, mark_text if valued else b"")
-        answer = await self._store.run(keys.COMMIT, called_keys, arguments)
-        if answer[0] == "duplicate":
-            return bytes(answer[1])
-        if answer[0] == "conflict":
-            return Moved(snapshot_from(account_id, self._symbols, answer) if basis.guessed else None)
-        _, history_id, seq, time_us, recovery_id, epoch = answer
-        entry = HistoryEntry(int(history_id), change.kind, account_id, seq, int(epoch), int(time_us), body)
-        if not recovery_id:
-            if not basis.breach_text:
-                fields = _fields_after(basis.fields, touched)
-                self.recent.keep(KnownAccount(after, balance_text, fields, b"%d" % seq, epoch))
-            return [entry]
-        return [
-            entry,
-            HistoryEntry(int(recovery_id), "recovery", account_id, seq + 1, int(epoch), int(time_us), recovery),
-        ]
+                arguments.append(mark_text if valued else b"")
+        arguments[first] = len(arguments) - first
+        return part
 
-    def _touched(self, basis: Basis, change: Change) -> list[tuple[str, bytes, Position]]:
-        """The symbols whose rows are written, each with the text and the position after the change."""
+    def _entries(self, part: _Part, outcome: list[Any]) -> list[HistoryEntry]:
+        """The rows of history that a commit made; where there was none, that is answered.
+
+        The account as the commit left it is remembered, unless it is in a breach.
+        """
+        account_id = part.change.after.account_id
+        outcome[0] = outcome[0].decode()
+        if outcome[0] == "conflict":
+            truth = snapshot_from(account_id, self._symbols, outcome) if len(outcome) > 1 else None
+            part.asked.settle(Moved(truth))
+            return []
+        if outcome[0] == "duplicate":
+            part.asked.settle(bytes(outcome[1]))
+            return []
+        try:
+            keys.raise_refusal(outcome)
+        except errors.Unavailable as error:
+            part.asked.fail(error)
+            return []
+        _, history_id, seq, time_us, recovery_id, epoch = outcome
+        entry = HistoryEntry(int(history_id), part.change.kind, account_id, seq, int(epoch), int(time_us), part.body)
+        if recovery_id:
+            return [entry, entry._replace(id=int(recovery_id), kind="recovery", seq=seq + 1, body=part.recovery)]
+        if not part.asked.basis.breach_text:
+            fields = self._fields_after(part.asked.basis.fields, part.touched)
+            self.recent.keep(KnownAccount(part.change.after, part.balance_text, fields, b"%d" % seq, epoch))
+        return [entry]
+
+    def _touched(self, basis: Basis, change: Change) -> list[_Touched]:
+        """The symbols whose rows are written."""
         before, after = basis.account.positions, change.after.positions
         # A new slot is the next in every column.
         everywhere = change.kind == "adjustment" or not basis.has_slot
         touched = []
-        for symbol in self._symbols:
+        for number, symbol in enumerate(self._symbols, start=1):
             position = after.get(symbol, FLAT)
             if everywhere or position != before.get(symbol, FLAT):
                 encoded = change.encoded.get(symbol)
                 if encoded is None:
                     encoded = b"" if position == FLAT else encode_position(position).encode()
-                touched.append((symbol, encoded, position))
+                touched.append((number, encoded, position))
         return touched
 
     def _recovery(self, basis: Basis, change: Change) -> bytes:
@@ -172,10 +296,9 @@ class Commits:
             cause=f"a {change.row.get('kind', change.kind)}",
         )
 
-
-def _fields_after(fields: tuple[bytes, ...], touched: list[tuple[str, bytes, Position]]) -> tuple[bytes, ...]:
-    """The fields of a positions hash after a commit that has ``touched`` some of them."""
-    held = dict(zip(fields[::2], fields[1::2], strict=True))
-    for symbol, encoded, _ in touched:
-        held[symbol.encode()] = encoded
-    return tuple(item for field in held.items() if field[1] for item in field)
+    def _fields_after(self, fields: tuple[bytes, ...], touched: list[_Touched]) -> tuple[bytes, ...]:
+        """The fields of a positions hash after a commit that has ``touched`` some of them."""
+        held = dict(zip(fields[::2], fields[1::2], strict=True))
+        for number, encoded, _ in touched:
+            held[self._symbols[number - 1].encode()] = encoded
+        return tuple(item for field in held.items() if field[1] for item in field)

@@ -202,6 +202,10 @@ class Unavailable(PlimsollError):
 
     code = "unavailable"
 
+    def another(self) -> Unavailable:
+        """The same for somebody else: what is added to one is not said to the other."""
+        return type(self)(self.detail, **self.members)
+
 
 class StateMissing(Unavailable):
     """Redis holds no epoch: it came up empty, or was never migrated."""

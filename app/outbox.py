@@ -112,8 +112,12 @@ class Outbox:
 
         Either way they are in the stream and will be recorded.
         """
+        return all(await self.record_each(entries))
+
+    async def record_each(self, entries: Sequence[HistoryEntry]) -> list[bool]:
+        """As ``record``, of each entry."""
         if self.postgres_away:
-            return False
+            return [False] * len(entries)
         loop = asyncio.get_running_loop()
         now = loop.time()
         waiting = [Waiting(entry, loop.create_future(), now) for entry in entries]
@@ -121,7 +125,7 @@ class Outbox:
         self._wake.set()
         if self._patience is None:
             self._patience = loop.call_at(now + self._settings.record_timeout_seconds, self._end_patience)
-        return all([await item.answer for item in waiting])
+        return [await item.answer for item in waiting]
 
     def _end_patience(self) -> None:
         """Answer whoever waits, if one of them has waited too long; the rows stay where they are.

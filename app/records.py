@@ -26,6 +26,7 @@ UNIT: Final = struct.Struct("<q")
 """One value of a column: a little-endian int64 in units of 1e-8."""
 
 NOTHING: Final = UNIT.pack(0)
+_POSITION: Final = struct.Struct("<qq")
 
 POSITIONS_REMEMBERED: Final = 16_384
 """Of the positions decoded last; about half a kilobyte each."""
@@ -165,6 +166,11 @@ def unpack(packed: bytes) -> int:
 def pack(value: Decimal) -> bytes:
     """``value`` as one packed value."""
     return UNIT.pack(to_units(value))
+
+
+def pack_position(position: Position) -> bytes:
+    """Quantity and cost of ``position``, packed, as a ledger holds them."""
+    return _POSITION.pack(to_units(position.quantity), to_units(position.cost))
 
 
 def snapshot_from(account_id: str, symbols: Sequence[str], answer: Sequence[Any]) -> Snapshot:

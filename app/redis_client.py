@@ -262,7 +262,7 @@ class StateStore:
             raise errors.StoreUnavailable(f"Redis refuses: {error}"[:200], reason="redis") from error
         answer[0] = answer[0].decode()
         if answer[0] != "ok":
-            _raise_refusal(answer)
+            raise_refusal(answer)
         return answer  # type: ignore[no-any-return]  # every script answers a list
 
     async def check_durability(self, *, allow_unsafe: bool) -> None:
@@ -319,8 +319,8 @@ class StateStore:
         return int(mark_version), int(swept_version)
 
 
-def _raise_refusal(answer: Sequence[Any]) -> None:
-    """Turn the refusals that any script may answer into the error each one means."""
+def raise_refusal(answer: Sequence[Any]) -> None:
+    """Turn the refusals that any script may answer, of all it was asked or of a part, into the error each one means."""
     match answer[0]:
         case "state_missing":
             raise errors.StateMissing(

@@ -1,156 +1,199 @@
--- Commit one decided change of an account: its record, its row in the columns, its history. All of it, or nothing.
+-- Commit decided changes of accounts: of each its record, its row in the columns, its history. All of it, or nothing.
 --
--- KEYS: state:epoch, state:run_id, history:last_id, outbox, operation, account balance, positions, account ledger,
---       account equity, account used_margin, accounts, columns:balance, columns:breach, counters:recoveries,
---       mark:version, state:halted, columns:changed, then per symbol touched (all of them for a new account):
---       columns quantity, columns cost, columns open, then of a guess per symbol: mark_price, mark, columns quantity,
---       columns cost
--- ARGV: 1 signature, 2 account, 3 kind, 4 mark version, 5 outbox limit, 6 operation seconds, 7 '' for no operation,
---       8 balance read, 9 seq read, 10 breach read, 11 balance, 12 balance packed, 13 equity, 14 used_margin, 15 body,
---       16 recovery body ('' keeps the breach as it is), 17 epoch guessed ('' for what was read),
---       18 number of symbols touched, per symbol: its name, value ('' for flat), quantity packed, cost packed,
---       then number of fields read, fields and values read, then of a guess per symbol: its name, its mark ('' for one
---       that the guess does not rest on)
--- Answers ok id seq time recovery_id epoch, duplicate operation, conflict, or a refusal. A guess that is wrong is
--- answered with what read_account would have found, after the word conflict.
-local known, bad
-if ARGV[7] ~= '' then
-  known, bad = read('GET', KEYS[5])
-  if bad then return bad end
-  if known then
-    if not is_operation(known) then return {'wrong_type', KEYS[5]} end
-    return {'duplicate', known}
-  end
-end
-
+-- Each change is judged on its own: one that is refused keeps no other from being committed. All of them are checked
+-- before the first is written, so of two changes of one account the later finds that it has moved.
+--
+-- KEYS: 1 state:epoch, 2 state:run_id, 3 history:last_id, 4 outbox, 5 accounts, 6 columns:balance, 7 columns:breach,
+--       8 counters:recoveries, 9 mark:version, 10 state:halted, 11 columns:changed, then per symbol: mark_price, mark,
+--       columns quantity, columns cost, then per symbol: columns open, then per change: operation, account balance,
+--       positions, account ledger, account equity, account used_margin
+-- ARGV: 1 signature, 2 operation seconds, 3 number of symbols, their names, then per change:
+--       0 number of its arguments, 1 account, 2 kind, 3 mark version, 4 outbox limit, 5 '' for no operation,
+--       6 balance read, 7 seq read, 8 breach read, 9 balance, 10 balance packed, 11 equity, 12 used_margin, 13 body,
+--       14 recovery body ('' keeps the breach as it is), 15 epoch guessed ('' for what was read),
+--       16 number of symbols touched (all of them for a new account), per symbol: its number, value ('' for flat),
+--       quantity and cost packed, then number of fields read, fields and values read, then of a guess per symbol: its
+--       mark ('' for one that the guess does not rest on)
+-- Answers ok, and per change: {ok, id, seq, time, recovery id, epoch}, {duplicate, operation}, {conflict} or a refusal.
+-- A guess that is wrong is answered with what read_account would have found, after the word conflict.
 local refused, epoch = refusal(KEYS[1], KEYS[2], ARGV[1])
-if refused then return refused end
-local waiting
-waiting, bad = read('XLEN', KEYS[4])
-if bad then return bad end
-if waiting >= tonumber(ARGV[5]) then return {'outbox_full'} end
+local waiting, bad_outbox = read('XLEN', KEYS[4])
+refused = refused or bad_outbox
 
-local touched_count = tonumber(ARGV[18])
-local first = 19 + touched_count * 4
-local fields, names = {}, {}
-for i = 1, tonumber(ARGV[first]) * 2 do fields[i] = ARGV[first + i] end
-for i = 1, touched_count do names[i] = 'position:' .. ARGV[15 + 4 * i] end
+local symbols, names, marks = {}, {}, {}
+for i = 1, tonumber(ARGV[3]) do
+  symbols[i] = ARGV[3 + i]
+  names[i] = 'position:' .. symbols[i]
+  marks[i] = read('GET', KEYS[8 + 4 * i])
+end
+local first_open = 11 + 4 * #symbols
+local mark_version, halted = read('GET', KEYS[9]), read('EXISTS', KEYS[10])
 
-local ledger, balance, held
-ledger, bad = read('HMGET', KEYS[8], 'slot', 'seq', 'breach', unpack(names))
-if bad then return bad end
-balance, bad = read('GET', KEYS[6])
-if bad then return bad end
-held, bad = read('HLEN', KEYS[7])
-if bad then return bad end
-local unchanged = (ledger[2] or '') == ARGV[9] and (ledger[3] or '') == ARGV[10]
-  and (balance or '') == ARGV[8] and held * 2 == #fields
-for i = 1, #fields, 2 do unchanged = unchanged and read('HGET', KEYS[7], fields[i]) == fields[i + 1] end
--- What was guessed has to be what a read would have found; whatever else is there is answered, and judged then.
-if ARGV[17] ~= '' then
-  local symbols, at, first_symbol = {}, first + #fields + 1, 18 + touched_count * 3
-  unchanged = unchanged and ARGV[17] == epoch and read('GET', KEYS[15]) == ARGV[4] and read('EXISTS', KEYS[16]) == 0
-  for i = 1, (#KEYS - first_symbol + 1) / 4 do
-    symbols[i] = ARGV[at + 2 * i - 2]
-    local mark = ARGV[at + 2 * i - 1]
-    unchanged = unchanged and (mark == '' or read('GET', KEYS[first_symbol + 4 * i - 4]) == mark)
+-- What no change can be committed without.
+local id = integer_of(read('GET', KEYS[3]))
+local noted, damaged = changes_noted(KEYS[11])
+damaged = damaged or short_of(KEYS[5], {KEYS[6], KEYS[7]})
+if not id then damaged = {'wrong_type', KEYS[3]} end
+
+-- Why rows of a symbol cannot be written: looked up once, for the changes that touch it.
+local faults_of_symbols = {}
+local function fault_of_symbol(i)
+  if faults_of_symbols[i] == nil then
+    local fault = short_of(KEYS[5], {KEYS[10 + 4 * i], KEYS[11 + 4 * i]})
+    if not fault and not integer_of((string.gsub(read('GET', KEYS[first_open + i]) or '0', '^%-', ''))) then
+      fault = {'wrong_type', KEYS[first_open + i]}
+    end
+    faults_of_symbols[i] = fault or false
   end
-  if not unchanged then
-    local found
-    found, bad = account_as_it_is(KEYS[5], KEYS[6], KEYS[7], KEYS[8], KEYS[15], KEYS[16], KEYS[12], KEYS[13],
-      first_symbol, symbols)
+  return faults_of_symbols[i]
+end
+
+-- What comes of each change, what has to be written of those that pass, and the accounts of these.
+local outcomes, accepted, seen = {}, {}, {}
+
+-- Why the change whose keys begin at key and whose arguments at first cannot be committed, or nil, the account's ledger,
+-- its slot and its seq.
+local function check(key, first)
+  local bad
+  if ARGV[first + 5] ~= '' then
+    local known
+    known, bad = read('GET', KEYS[key])
     if bad then return bad end
-    return {'conflict', unpack(found)}
+    if known and not is_operation(known) then return {'wrong_type', KEYS[key]} end
+    if known then return {'duplicate', known} end
   end
-end
-if not unchanged then return {'conflict'} end
+  if refused then return refused end
+  if waiting + #accepted >= tonumber(ARGV[first + 4]) then return {'outbox_full'} end
 
-local last_id
-last_id, bad = read('GET', KEYS[3])
-local id = not bad and integer_of(last_id)
-if not id then return {'wrong_type', KEYS[3]} end
-id = id + 1
-local seq = integer_of(ledger[2] or '0')
-local slot = integer_of(ledger[1] or '')
-if not seq or (ledger[1] and not slot) then return {'wrong_type', KEYS[8]} end
-if ledger[3] and ledger[3] ~= '' and not integer_of(ledger[3]) then return {'wrong_type', KEYS[8]} end
-local columns = {KEYS[12], KEYS[13]}
-for i = 1, touched_count do
-  columns[#columns + 1] = KEYS[15 + 3 * i]
-  columns[#columns + 1] = KEYS[16 + 3 * i]
-end
-bad = short_of(KEYS[11], columns)
-if bad then return bad end
-local noted
-noted, bad = changes_noted(KEYS[17])
-if bad then return bad end
--- A slot that is not the account's own would write into another's row, or far beyond the end.
-if slot and redis.call('LINDEX', KEYS[11], slot) ~= ARGV[2] then return {'wrong_type', KEYS[8]} end
-local touched = {}
-for i = 1, touched_count do
-  local key, argument = 15 + 3 * i, 15 + 4 * i
-  local open = 0
-  if slot then
-    local before = ledger[3 + i] or redis.call('GETRANGE', KEYS[key], slot * 8, slot * 8 + 7)
-    if string.sub(before, 1, 8) ~= '\0\0\0\0\0\0\0\0' then open = -1 end
-  end
-  if ARGV[argument + 1] ~= '' then open = open + 1 end
-  if open ~= 0 then
-    local count
-    count, bad = read('GET', KEYS[key + 2])
-    if bad then return bad end
-    if not integer_of(string.gsub(count or '0', '^%-', '')) then return {'wrong_type', KEYS[key + 2]} end
-  end
-  touched[i] = {key, argument, open}
-end
-if ARGV[16] ~= '' then
-  local recoveries
-  recoveries, bad = read('GET', KEYS[14])
+  local balance, held, ledger
+  ledger, bad = read('HMGET', KEYS[key + 3], 'slot', 'seq', 'breach', unpack(names))
   if bad then return bad end
-  if not integer_of(recoveries or '0') then return {'wrong_type', KEYS[14]} end
+  balance, bad = read('GET', KEYS[key + 1])
+  if bad then return bad end
+  held, bad = read('HGETALL', KEYS[key + 2])
+  if bad then return bad end
+  local touched = first + 17
+  local fields = touched + 3 * tonumber(ARGV[first + 16])
+  local count = tonumber(ARGV[fields])
+  local unchanged = (ledger[2] or '') == ARGV[first + 7] and (ledger[3] or '') == ARGV[first + 8]
+    and (balance or '') == ARGV[first + 6] and #held == 2 * count
+  local values = {}
+  for i = 1, #held, 2 do values[held[i]] = held[i + 1] end
+  for i = 1, count do unchanged = unchanged and values[ARGV[fields + 2 * i - 1]] == ARGV[fields + 2 * i] end
+  -- What was guessed has to be what a read would have found; whatever else is there is answered, and judged then.
+  if ARGV[first + 15] ~= '' then
+    unchanged = unchanged and ARGV[first + 15] == epoch and mark_version == ARGV[first + 3] and halted == 0
+    for i = 1, #symbols do
+      local mark = ARGV[fields + 2 * count + i]
+      unchanged = unchanged and (mark == '' or marks[i] == mark)
+    end
+    if not unchanged then
+      local found
+      found, bad = account_as_it_is(KEYS[key], KEYS[key + 1], KEYS[key + 2], KEYS[key + 3], KEYS[9], KEYS[10], KEYS[6],
+        KEYS[7], 12, symbols)
+      if bad then return bad end
+      return {'conflict', unpack(found)}
+    end
+  end
+  if not unchanged or seen[KEYS[key + 1]] then return {'conflict'} end
+
+  if damaged then return damaged end
+  local slot, seq = integer_of(ledger[1] or ''), integer_of(ledger[2] or '0')
+  if not seq or (ledger[1] and not slot) then return {'wrong_type', KEYS[key + 3]} end
+  if ledger[3] and ledger[3] ~= '' and not integer_of(ledger[3]) then return {'wrong_type', KEYS[key + 3]} end
+  -- A slot that is not the account's own would write into another's row, or far beyond the end.
+  if slot and redis.call('LINDEX', KEYS[5], slot) ~= ARGV[first + 1] then return {'wrong_type', KEYS[key + 3]} end
+  for i = touched, fields - 1, 3 do
+    local fault = fault_of_symbol(tonumber(ARGV[i]))
+    if fault then return fault end
+  end
+  if ARGV[first + 14] ~= '' and not integer_of(read('GET', KEYS[8]) or '0') then return {'wrong_type', KEYS[8]} end
+  return nil, ledger, slot, seq
 end
+
+-- By how much a change moves the number of open positions of the symbol whose arguments begin at i.
+local function opened_by(i, number, ledger, slot)
+  local opened = ARGV[i + 1] ~= '' and 1 or 0
+  if slot then
+    local before = ledger[3 + number] or redis.call('GETRANGE', KEYS[10 + 4 * number], slot * 8, slot * 8 + 7)
+    if string.sub(before, 1, 8) ~= '\0\0\0\0\0\0\0\0' then opened = opened - 1 end
+  end
+  return opened
+end
+
+local first = 4 + #symbols
+for key = first_open + #symbols + 1, #KEYS, 6 do
+  local bad, ledger, slot, seq = check(key, first)
+  outcomes[#outcomes + 1] = bad or {}
+  if not bad then
+    accepted[#accepted + 1] = {#outcomes, key, first, ledger, slot, seq}
+    seen[KEYS[key + 1]] = true
+  end
+  first = first + tonumber(ARGV[first])
+end
+if #accepted == 0 then return {'ok', unpack(outcomes)} end
 
 -- Everything is checked; from here on only writes. The first may still be refused for want of memory, the others not.
--- KEYS[9] and KEYS[10] are only ever SET, which takes a key of any type.
-local time = now_us()
-local recovery = ''
-seq = seq + 1
-local text = append_history(KEYS[4], id, ARGV[3], ARGV[2], seq, epoch, time, ARGV[15])
-local last_seq = seq
-if ARGV[16] ~= '' then
-  last_seq = seq + 1
-  recovery = append_history(KEYS[4], id + 1, 'recovery', ARGV[2], last_seq, epoch, time, ARGV[16])
+-- The keys of equity and used_margin are only ever SET, which takes a key of any type.
+local time, changed, opened = now_us(), {}, {}
+for _, change in ipairs(accepted) do
+  local at, key, first, ledger, slot, seq = change[1], change[2], change[3], change[4], change[5], change[6]
+  id = id + 1
+  seq = seq + 1
+  local text = append_history(KEYS[4], id, ARGV[first + 2], ARGV[first + 1], seq, epoch, time, ARGV[first + 13])
+  local recovery, last_seq, row = '', seq, {}
+  if ARGV[first + 14] ~= '' then
+    id = id + 1
+    last_seq = seq + 1
+    recovery = append_history(KEYS[4], id, 'recovery', ARGV[first + 1], last_seq, epoch, time, ARGV[first + 14])
+  end
+  local known_slot = slot
+  if not slot then
+    slot = redis.call('RPUSH', KEYS[5], ARGV[first + 1]) - 1
+    redis.call('SETRANGE', KEYS[7], slot * 8, '\0\0\0\0\0\0\0\0')
+    row = {'slot', slot}
+  end
+  redis.call('SETRANGE', KEYS[6], slot * 8, ARGV[first + 10])
+  if ARGV[first + 11] ~= '' then
+    redis.call('MSET', KEYS[key + 1], ARGV[first + 9], KEYS[key + 4], ARGV[first + 11], KEYS[key + 5], ARGV[first + 12])
+  else
+    redis.call('SET', KEYS[key + 1], ARGV[first + 9])
+  end
+  row[#row + 1] = 'seq'
+  row[#row + 1] = last_seq
+  row[#row + 1] = 'balance'
+  row[#row + 1] = ARGV[first + 10]
+  for i = first + 17, first + 14 + 3 * tonumber(ARGV[first + 16]), 3 do
+    local number, packed = tonumber(ARGV[i]), ARGV[i + 2]
+    opened[number] = (opened[number] or 0) + opened_by(i, number, ledger, known_slot)
+    if ARGV[i + 1] == '' then
+      redis.call('HDEL', KEYS[key + 2], symbols[number])
+    else
+      redis.call('HSET', KEYS[key + 2], symbols[number], ARGV[i + 1])
+    end
+    redis.call('SETRANGE', KEYS[10 + 4 * number], slot * 8, string.sub(packed, 1, 8))
+    redis.call('SETRANGE', KEYS[11 + 4 * number], slot * 8, string.sub(packed, 9))
+    row[#row + 1] = names[number]
+    row[#row + 1] = packed
+  end
+  redis.call('HSET', KEYS[key + 3], unpack(row))
+  if recovery ~= '' then
+    redis.call('HSET', KEYS[key + 3], 'breach', '', 'breach_at', '', 'breach_version', ARGV[first + 3])
+    redis.call('SETRANGE', KEYS[7], slot * 8, '\0\0\0\0\0\0\0\0')
+    redis.call('INCR', KEYS[8])
+  end
+  if ARGV[first + 2] == 'adjustment' then
+    redis.call('SETRANGE', KEYS[7], slot * 8, struct.pack('<i8', integer_of(ledger[3]) or 0))
+  end
+  if ARGV[first + 5] ~= '' then
+    redis.call('SET', KEYS[key], text .. '\n' .. time .. '\n' .. ARGV[first + 13], 'EX', ARGV[2])
+  end
+  changed[#changed + 1] = struct.pack('<i8', slot)
+  outcomes[at] = {'ok', text, seq, time, recovery, epoch}
 end
-if not slot then
-  slot = redis.call('RPUSH', KEYS[11], ARGV[2]) - 1
-  redis.call('SETRANGE', KEYS[13], slot * 8, '\0\0\0\0\0\0\0\0')
+redis.call('SET', KEYS[3], string.format('%d', id))
+for number, count in pairs(opened) do
+  if count ~= 0 then redis.call('INCRBY', KEYS[first_open + number], count) end
 end
-redis.call('SETRANGE', KEYS[12], slot * 8, ARGV[12])
-local newest = recovery ~= '' and recovery or text
-if ARGV[13] ~= '' then
-  redis.call('MSET', KEYS[6], ARGV[11], KEYS[9], ARGV[13], KEYS[10], ARGV[14], KEYS[3], newest)
-else
-  redis.call('MSET', KEYS[6], ARGV[11], KEYS[3], newest)
-end
-local row = {'slot', slot, 'seq', last_seq, 'balance', ARGV[12]}
-for _, item in ipairs(touched) do
-  local at, i, open = item[1], item[2], item[3]
-  if ARGV[i + 1] == '' then redis.call('HDEL', KEYS[7], ARGV[i]) else redis.call('HSET', KEYS[7], ARGV[i], ARGV[i + 1]) end
-  redis.call('SETRANGE', KEYS[at], slot * 8, ARGV[i + 2])
-  redis.call('SETRANGE', KEYS[at + 1], slot * 8, ARGV[i + 3])
-  row[#row + 1] = 'position:' .. ARGV[i]
-  row[#row + 1] = ARGV[i + 2] .. ARGV[i + 3]
-  if open ~= 0 then redis.call('INCRBY', KEYS[at + 2], open) end
-end
-redis.call('HSET', KEYS[8], unpack(row))
-if recovery ~= '' then
-  redis.call('HSET', KEYS[8], 'breach', '', 'breach_at', '', 'breach_version', ARGV[4])
-  redis.call('SETRANGE', KEYS[13], slot * 8, '\0\0\0\0\0\0\0\0')
-  redis.call('INCR', KEYS[14])
-end
-if ARGV[3] == 'adjustment' then
-  redis.call('SETRANGE', KEYS[13], slot * 8, struct.pack('<i8', integer_of(ledger[3]) or 0))
-end
-note_changes(KEYS[17], noted, struct.pack('<i8', slot))
-if ARGV[7] ~= '' then redis.call('SET', KEYS[5], text .. '\n' .. time .. '\n' .. ARGV[15], 'EX', ARGV[6]) end
-return {'ok', text, seq, time, recovery, epoch}
+note_changes(KEYS[11], noted, table.concat(changed))
+return {'ok', unpack(outcomes)}

@@ -29,8 +29,8 @@ MUTANTS: Final = (
         "F1",
         "test_f01",
         "app/scripts/commit.lua",
-        "if ARGV[7] ~= '' then redis.call('SET', KEYS[5],",
-        "if false then redis.call('SET', KEYS[5],",
+        "  if ARGV[first + 5] ~= '' then\n    redis.call('SET', KEYS[key],",
+        "  if false then\n    redis.call('SET', KEYS[key],",
         "operation ids are not remembered: a retry books again",
     ),
     Mutant(
@@ -167,9 +167,12 @@ MUTANTS: Final = (
         "sim",
         "nothing_is_lost",
         "app/scripts/commit.lua",
-        "  and (balance or '') == ARGV[8] and held * 2 == #fields\n"
-        "for i = 1, #fields, 2 do unchanged = unchanged and read('HGET', KEYS[7], fields[i]) == fields[i + 1] end",
-        "",
+        "    and (balance or '') == ARGV[first + 6] and #held == 2 * count\n"
+        "  local values = {}\n"
+        "  for i = 1, #held, 2 do values[held[i]] = held[i + 1] end\n"
+        "  for i = 1, count do "
+        "unchanged = unchanged and values[ARGV[fields + 2 * i - 1]] == ARGV[fields + 2 * i] end\n",
+        "\n",
         "a commit does not compare the record",
         SIMULATION,
     ),
@@ -186,7 +189,7 @@ MUTANTS: Final = (
         "kept",
         "only_what_changed",
         "app/scripts/commit.lua",
-        "note_changes(KEYS[17], noted, struct.pack('<i8', slot))",
+        "note_changes(KEYS[11], noted, table.concat(changed))",
         "",
         "a commit does not note its slot",
         KEPT_COLUMNS,

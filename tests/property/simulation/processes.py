@@ -34,18 +34,20 @@ TURNS_TO_SETTLE: Final = 5
 class DirectOutbox(Outbox):
     """The outbox without its two tasks: who records writes the rows itself, through the same code."""
 
-    async def record(self, entries: Sequence[HistoryEntry]) -> bool:
+    async def record_each(self, entries: Sequence[HistoryEntry]) -> list[bool]:
         """As the writer's task does it, one batch at a time."""
-        recorded = True
+        if not entries:
+            return []
         try:
-            recorded = not await self._write(entries, epoch=entries[0].epoch)
+            buried = await self._write(entries, epoch=entries[0].epoch)
+            recorded = [entry.id not in buried for entry in entries]
         except FencedError:
             loop = asyncio.get_running_loop()
             batch = [Waiting(entry, loop.create_future(), loop.time()) for entry in entries]
             await self._write_again(batch)
-            recorded = all([await item.answer for item in batch])
+            recorded = [await item.answer for item in batch]
         except (*POSTGRES_ERRORS, errors.PlimsollError, RedisError):
-            return False
+            return [False] * len(entries)
         await between("delete | answer")
         return recorded
 

@@ -162,7 +162,7 @@ def wrapped_calls(weather: Weather) -> Iterator[None]:
         self: StateStore, script: Script, keys: Sequence[str], arguments: Sequence[str | bytes | int]
     ) -> list[Any]:
         name = script.name
-        adopts = name == "commit" and arguments[2] == "adjustment"
+        adopts = name == "commit" and "adjustment" in arguments
         if name == "swept":
             await between("recorded | swept")
         elif name in _BEFORE_SCRIPT:
