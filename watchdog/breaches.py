@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
+from itertools import chain, count
 from typing import Final
 
 import numpy as np
@@ -29,14 +30,14 @@ from app.records import Snapshot, encode_position
 from app.services import reports, trading
 from app.services.margin import AccountMargin
 from app.services.trading import Account
-from app.services.verdict_rows import Kind, WrittenVerdict, judge_rows
+from app.services.verdict_rows import judge_rows
 
 ATTEMPTS_MAX: Final = 5
-VERDICTS_AT_ONCE: Final = 500
+VERDICTS_AT_ONCE: Final = 600
 SETTLING_AT_ONCE: Final = 2
 """Of such pieces: one is judged while another is recorded."""
 
-VERDICTS_PER_CALL: Final = 100
+VERDICTS_PER_CALL: Final = 150
 """A script holds up everybody else at Redis for as long as it runs."""
 
 log = structlog.get_logger(__name__)
@@ -65,10 +66,10 @@ class Settled:
         self.overdue += other.overdue
         self.quarantined |= other.quarantined
 
-    def note(self, verdict: _Verdict, outcome: HistoryEntry | str, *, was_in_breach: bool) -> None:
+    def note(self, account_id: str, outcome: HistoryEntry | str, *, was_in_breach: bool) -> None:
         """Count in a recorded verdict, or one on an account whose keys are not what they should be."""
         if isinstance(outcome, str):
-            self.quarantined[verdict.account_id] = outcome
+            self.quarantined[account_id] = outcome
         elif outcome.kind == "liquidation":
             self.opened.append(outcome)
             self.candidates += 1
@@ -97,28 +98,73 @@ _Outcome = HistoryEntry | str | None
 """The row a verdict made, why its account is set apart, or nothing: the account was not the one judged any more."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Verdict:
-    """What is to be recorded of an account that was in ``breach`` (0 for none) when it was judged."""
+@dataclass(slots=True)
+class _Verdicts:
+    """What is to be recorded of accounts judged at one mark version, a list of each part.
 
-    account_id: str
-    breach: int
+    ``breaches`` are those that the accounts were in when they were judged: one that was in none (0) has one now, of any
+    other it ends. ``fields`` are those of the positions key, each with its value.
+    """
+
     mark_version: int
-    written: WrittenVerdict
+    accounts: list[str]
+    breaches: list[int]
+    balances: list[str | bytes]
+    fields: list[tuple[str | bytes, ...]]
+    bodies: list[bytes]
+
+    def add(self, account_id: str, judged: _Judged, body: bytes) -> None:
+        """Append the verdict on an account by itself."""
+        self.accounts.append(account_id)
+        self.breaches.append(judged.breach)
+        self.balances.append(format_decimal(judged.account.balance))
+        self.fields.append(_record_texts(judged.account))
+        self.bodies.append(body)
+
+    def parts(self, size: int) -> Iterator[_Verdicts]:
+        """So many at a time, in their order."""
+        for first in range(0, len(self.accounts), size):
+            some = slice(first, first + size)
+            yield _Verdicts(
+                self.mark_version,
+                self.accounts[some],
+                self.breaches[some],
+                self.balances[some],
+                self.fields[some],
+                self.bodies[some],
+            )
+
+    def account_keys(self) -> list[str]:
+        """The keys of the accounts as the script takes them."""
+        return [
+            *map(keys.balance_key, self.accounts),
+            *map(keys.positions_key, self.accounts),
+            *map(keys.ledger_key, self.accounts),
+        ]
 
     def arguments(self) -> list[str | bytes | int]:
-        """Its part of what the script is called with."""
-        written = self.written
+        """The verdicts as the script takes them."""
         return [
-            self.account_id,
-            written.kind,
             self.mark_version,
-            written.balance,
-            self.breach or "",
-            written.body,
-            len(written.fields) // 2,
-            *written.fields,
+            *self.accounts,
+            *(breach or "" for breach in self.breaches),
+            *self.balances,
+            *self.bodies,
+            *(len(fields) // 2 for fields in self.fields),
+            *chain.from_iterable(self.fields),
         ]
+
+    def entries(self, epoch: int, time_us: int, first_id: int, answers: Sequence[object]) -> Iterator[_Outcome]:
+        """What came of each verdict, by the answers of the script: a seq, a list with a key, or a word."""
+        ids = count(first_id)
+        for account_id, breach, body, answer in zip(self.accounts, self.breaches, self.bodies, answers, strict=True):
+            if isinstance(answer, int):
+                kind = "recovery" if breach else "liquidation"
+                yield HistoryEntry(next(ids), kind, account_id, answer, epoch, time_us, body)
+            elif isinstance(answer, list):
+                yield f"the key {keys.as_text(answer[1])} is not what it should be"
+            else:
+                yield None
 
 
 class BreachBook:
@@ -156,36 +202,40 @@ class BreachBook:
         """Record the verdicts on some rows together; the accounts that moved meanwhile are settled one by one."""
         names = await account_names(self._store.client, (chunk.first_slot + indices).tolist())
         settled, verdicts = self._verdicts_on(chunk, indices, names)
-        calls = [verdicts[first : first + VERDICTS_PER_CALL] for first in range(0, len(verdicts), VERDICTS_PER_CALL)]
-        moved: list[_Verdict] = []
+        calls = list(verdicts.parts(VERDICTS_PER_CALL))
+        moved: list[tuple[str, bool]] = []
         for call, outcomes in zip(calls, await asyncio.gather(*map(self._record, calls)), strict=True):
-            for verdict, outcome in zip(call, outcomes, strict=True):
+            for account_id, breach, outcome in zip(call.accounts, call.breaches, outcomes, strict=True):
                 if outcome is None:
-                    moved.append(verdict)
+                    moved.append((account_id, bool(breach)))
                 else:
-                    settled.note(verdict, outcome, was_in_breach=bool(verdict.breach))
-        for one in await asyncio.gather(*map(self._settle_again, moved)):
+                    settled.note(account_id, outcome, was_in_breach=bool(breach))
+        for one in await asyncio.gather(*(self._settle_again(name, was_in_breach=was) for name, was in moved)):
             settled.add(one)
         return settled
 
-    def _verdicts_on(
-        self, chunk: Chunk, indices: NDArray[np.intp], names: Sequence[str]
-    ) -> tuple[Settled, list[_Verdict]]:
+    def _verdicts_on(self, chunk: Chunk, indices: NDArray[np.intp], names: Sequence[str]) -> tuple[Settled, _Verdicts]:
         """What the rows that change nothing come to, and the verdicts on the others."""
-        rows, version = chunk.rows(indices), chunk.marks.version
+        rows = chunk.rows(indices)
         found = judge_rows(rows, self._booking.contracts, restore_at=self._booking.settings.restore_at)
-        settled, verdicts = Settled(), []
-        for number, (name, judged, candidate) in enumerate(
-            zip(names, found.judged.tolist(), found.candidate.tolist(), strict=True)
-        ):
-            breach, is_candidate, written = int(rows.breach[number]), candidate, found.verdicts.get(number)
-            if not judged:
-                alone = self._judge(rows.account(number, name), rows, breach)
-                is_candidate, written = alone.is_candidate, self._written(alone)
-            if written is None:
-                settled.candidates += int(is_candidate)
+        written = found.written
+        verdicts = _Verdicts(
+            chunk.marks.version,
+            accounts=[names[row] for row in written.rows],
+            breaches=rows.breach[written.rows].tolist(),
+            balances=written.balances,
+            fields=written.fields,
+            bodies=written.bodies,
+        )
+        unchanged = found.judged.copy()
+        unchanged[written.rows] = False
+        settled = Settled(candidates=int(np.count_nonzero(found.candidate & unchanged)))
+        for row in np.flatnonzero(~found.judged).tolist():
+            judged = self._judge(rows.account(row, names[row]), rows, int(rows.breach[row]))
+            if (body := self._body(judged)) is None:
+                settled.candidates += int(judged.is_candidate)
             else:
-                verdicts.append(_Verdict(name, breach, version, written))
+                verdicts.add(names[row], judged, body)
         return settled, verdicts
 
     def _judge(self, account: Account, chunk: Chunk, breach: int) -> _Judged:
@@ -193,27 +243,27 @@ class BreachBook:
         valued = trading.account_margin(account, contracts=self._booking.contracts, prices=prices)
         return _Judged(account, valued, prices, chunk.marks.version, breach)
 
-    async def _settle_again(self, verdict: _Verdict) -> Settled:
+    async def _settle_again(self, name: str, *, was_in_breach: bool) -> Settled:
         """Judge an account whose verdict was refused as stale on what it is now, until it holds still.
 
         An account that cannot be read is set apart, so that it keeps no other from being judged.
         """
-        name, was_in_breach = verdict.account_id, bool(verdict.breach)
-        candidate, in_breach = verdict.written.kind == "liquidation", was_in_breach
+        candidate, in_breach = not was_in_breach, was_in_breach
         try:
             for _ in range(ATTEMPTS_MAX - 1):
                 judged = await self._judge_again(name)
                 if judged is None:
                     return Settled()
                 candidate, in_breach = judged.is_candidate, bool(judged.breach)
-                written = self._written(judged)
-                if written is None:
+                body = self._body(judged)
+                if body is None:
                     return Settled(candidates=int(candidate), breaches_more=in_breach - was_in_breach)
-                verdict = _Verdict(name, judged.breach, judged.mark_version, written)
-                (outcome,) = await self._record([verdict])
+                verdict = _Verdicts(judged.mark_version, [], [], [], [], [])
+                verdict.add(name, judged, body)
+                (outcome,) = await self._record(verdict)
                 if outcome is not None:
                     settled = Settled()
-                    settled.note(verdict, outcome, was_in_breach=was_in_breach)
+                    settled.note(name, outcome, was_in_breach=was_in_breach)
                     return settled
         except (errors.AccountQuarantined, errors.UnknownAccount) as error:
             return Settled(quarantined={name: error.detail})
@@ -223,17 +273,28 @@ class BreachBook:
             log.warning("a verdict is overdue: the account keeps moving", account_id=name)
         return Settled(overdue=int(candidate and not in_breach), candidates=int(candidate))
 
-    def _written(self, judged: _Judged) -> WrittenVerdict | None:
-        """The verdict with its evidence, or None where nothing changes."""
-        if judged.breach:
-            restored = trading.is_restored(judged.valued, restore_at=self._booking.settings.restore_at)
-            return _written_alone(judged, "recovery") if restored else None
-        return _written_alone(judged, "liquidation") if judged.is_candidate else None
+    def _body(self, judged: _Judged) -> bytes | None:
+        """The evidence of the verdict, or None where nothing changes."""
+        account, valued = judged.account, judged.valued
+        if not judged.breach:
+            if not judged.is_candidate:
+                return None
+            return liquidation_body(account, valued, prices=judged.prices, mark_version=judged.mark_version)
+        if not trading.is_restored(valued, restore_at=self._booking.settings.restore_at):
+            return None
+        return recovery_body(
+            account,
+            valued,
+            prices=judged.prices,
+            mark_version=judged.mark_version,
+            liquidation_id=judged.breach,
+            cause="the mark",
+        )
 
-    async def _record(self, verdicts: Sequence[_Verdict]) -> list[_Outcome]:
+    async def _record(self, verdicts: _Verdicts) -> list[_Outcome]:
         """What came of each verdict: its row of history, None if the account had moved, or why it is set apart."""
         await failpoints.reach("breach.verdict")
-        _, epoch, time_us, answers = await self._store.run(
+        _, epoch, time_us, first_id, answers = await self._store.run(
             keys.BREACH,
             [
                 keys.STATE_EPOCH,
@@ -245,30 +306,11 @@ class BreachBook:
                 keys.LIQUIDATIONS,
                 keys.RECOVERIES,
                 keys.CHANGED,
-                *(key for verdict in verdicts for key in _account_keys(verdict.account_id)),
+                *verdicts.account_keys(),
             ],
-            [self._store.signature, *(argument for verdict in verdicts for argument in verdict.arguments())],
+            [self._store.signature, *verdicts.arguments()],
         )
-        outcomes: list[_Outcome] = []
-        for verdict, answer in zip(verdicts, answers, strict=True):
-            if answer[0] == b"ok":
-                _, history_id, seq = answer
-                outcomes.append(
-                    HistoryEntry(
-                        id=int(history_id),
-                        kind=verdict.written.kind,
-                        account_id=verdict.account_id,
-                        seq=seq,
-                        epoch=int(epoch),
-                        time_us=int(time_us),
-                        body=verdict.written.body,
-                    )
-                )
-            elif answer[0] == b"wrong_type":
-                outcomes.append(f"the key {keys.as_text(answer[1])} is not what it should be")
-            else:
-                outcomes.append(None)
-        return outcomes
+        return list(verdicts.entries(int(epoch), int(time_us), int(first_id), answers))
 
     async def _judge_again(self, name: str) -> _Judged | None:
         """The account as it is now at the marks of now; an edit by hand is adopted first. None without a mark."""
@@ -295,27 +337,6 @@ class BreachBook:
             for symbol, mark in snapshot.marks(self._booking.contracts).items()
             if limit_seconds is None or snapshot.now_us - mark.timestamp_us <= limit_seconds * 1_000_000
         }
-
-
-def _written_alone(judged: _Judged, kind: Kind) -> WrittenVerdict:
-    """The verdict on one account, in Decimal."""
-    account, valued = judged.account, judged.valued
-    if kind == "liquidation":
-        body = liquidation_body(account, valued, prices=judged.prices, mark_version=judged.mark_version)
-    else:
-        body = recovery_body(
-            account,
-            valued,
-            prices=judged.prices,
-            mark_version=judged.mark_version,
-            liquidation_id=judged.breach,
-            cause="the mark",
-        )
-    return WrittenVerdict(kind, format_decimal(account.balance), _record_texts(account), body)
-
-
-def _account_keys(name: str) -> tuple[str, str, str]:
-    return keys.balance_key(name), keys.positions_key(name), keys.ledger_key(name)
 
 
 def _record_texts(account: Account) -> tuple[str, ...]:

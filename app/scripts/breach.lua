@@ -1,14 +1,16 @@
 -- Open or end the breaches of some accounts, each once, and only if the account is still the one that was judged.
 --
 -- Each verdict is judged on its own: one that is refused keeps no other from being recorded. All of them are checked
--- before the first is written.
+-- before the first is written. What lies close together in the list of accounts or in a column is read, and written,
+-- by one command for all.
 --
 -- KEYS: state:epoch, state:run_id, history:last_id, outbox, columns:breach, accounts, counters:liquidations,
---       counters:recoveries, columns:changed, then per verdict: account balance, positions, account ledger
--- ARGV: signature, then per verdict: account, kind (liquidation or recovery), mark version judged at, balance judged,
---       breach judged ('' for none), body, number of positions judged, their fields and values
--- Answers ok epoch time and per verdict: {ok, id, seq}, {stale} (read and judge again), {settled} (another watchdog
--- was first) or {wrong_type, key}. A refusal of the guard is of all of them.
+--       counters:recoveries, columns:changed, then of all verdicts: account balances, positions, account ledgers
+-- ARGV: signature, mark version judged at, then of all verdicts: accounts, breaches judged ('' for none: such a verdict
+--       opens one, every other ends it), balances judged, bodies, numbers of positions judged, their fields and values
+-- Answers ok epoch time, the id of the first row, and per verdict: the seq of its row (ids are given in the order of the
+-- verdicts), stale (read and judge again), settled (another watchdog was first) or {wrong_type, key}. A refusal of the
+-- guard is of all of them.
 local refused, epoch = refusal(KEYS[1], KEYS[2], ARGV[1])
 if refused then return refused end
 local kinds = {[5] = 'string', [6] = 'list', [7] = 'string', [8] = 'string'}
@@ -20,74 +22,127 @@ local short = short_of(KEYS[6], {KEYS[5]})
 if short then return short end
 local noted, bad_noted = changes_noted(KEYS[9])
 if bad_noted then return bad_noted end
-local id = next_history_id(KEYS[3], KEYS[4])
-if not id then return {'wrong_type', KEYS[3]} end
+local first_id = next_history_id(KEYS[3], KEYS[4])
+if not first_id then return {'wrong_type', KEYS[3]} end
 for i = 7, 8 do
   if not integer_of(redis.call('GET', KEYS[i]) or '0') then return {'wrong_type', KEYS[i]} end
 end
 
--- Why the verdict whose keys begin at key and whose arguments at first cannot be recorded, or its slot and seq.
-local function check(key, first, fields)
-  local balance, bad = read('GET', KEYS[key])
+local version = tonumber(ARGV[2])
+local count = (#KEYS - 9) / 3
+local positions, ledgers = 9 + count, 9 + 2 * count
+local accounts, breaches, judged, bodies, numbers = 2, 2 + count, 2 + 2 * count, 2 + 3 * count, 2 + 4 * count
+local balances = redis.call('MGET', unpack(KEYS, 10, 9 + count))
+
+-- Whether the record held, names and values in any order, is the one in ARGV from first on, of so many positions.
+local function is_judged(held, first, number)
+  if #held ~= number * 2 then return false end
+  for i = first, first + number * 2 - 1, 2 do
+    local at = 1
+    while held[at] and held[at] ~= ARGV[i] do at = at + 2 end
+    if held[at + 1] ~= ARGV[i + 1] then return false end
+  end
+  return true
+end
+
+-- Why the verdict on the i-th account cannot be recorded, or the slot and seq that its ledger has.
+local function check(i, first, number)
+  -- MGET answers nothing for a key of another type.
+  local bad = not balances[i] and wrong_type(KEYS[9 + i], 'string')
   if bad then return bad end
-  local held
-  held, bad = read('HLEN', KEYS[key + 1])
+  local held, ledger
+  held, bad = read('HGETALL', KEYS[positions + i])
   if bad then return bad end
-  local ledger
-  ledger, bad = read('HMGET', KEYS[key + 2], 'slot', 'seq', 'breach', 'breach_version')
+  ledger, bad = read('HMGET', KEYS[ledgers + i], 'slot', 'seq', 'breach', 'breach_version')
   if bad then return bad end
   local last_version = integer_of(ledger[4] or '0')
   if ledger[4] == '' then last_version = 0 end
-  if not last_version then return {'wrong_type', KEYS[key + 2]} end
-  if (ledger[3] or '') ~= ARGV[first + 4] then return {'settled'} end
-  if last_version > tonumber(ARGV[first + 2]) then return {'stale'} end
-  if (balance or '') ~= ARGV[first + 3] or held * 2 ~= #fields then return {'stale'} end
-  for i = 1, #fields, 2 do
-    if redis.call('HGET', KEYS[key + 1], fields[i]) ~= fields[i + 1] then return {'stale'} end
-  end
+  if not last_version then return {'wrong_type', KEYS[ledgers + i]} end
+  if (ledger[3] or '') ~= ARGV[breaches + i] then return 'settled' end
+  if last_version > version then return 'stale' end
+  if (balances[i] or '') ~= ARGV[judged + i] or not is_judged(held, first, number) then return 'stale' end
   local slot, seq = integer_of(ledger[1] or ''), integer_of(ledger[2] or '')
-  if not slot or not seq then return {'stale'} end
-  if redis.call('LINDEX', KEYS[6], slot) ~= ARGV[first] then return {'wrong_type', KEYS[key + 2]} end
+  if not slot or not seq then return 'stale' end
   return nil, slot, seq
 end
 
-local outcomes, accepted, seen = {}, {}, {}
-local first = 2
-for key = 10, #KEYS, 3 do
-  local fields = {}
-  for i = 1, tonumber(ARGV[first + 6]) * 2 do fields[i] = ARGV[first + 6 + i] end
-  local bad, slot, seq = check(key, first, fields)
+-- The last of the verdicts from the first on that lie close together in the list of accounts, each behind the last one.
+local function close_to(first, slots)
+  local last = first
+  while slots[last + 1] and slots[last + 1] > slots[last] and slots[last + 1] - slots[last] <= 32 do last = last + 1 end
+  return last
+end
+
+local outcomes, found, slots, seqs, seen = {}, {}, {}, {}, {}
+local first = numbers + count + 1
+for i = 1, count do
+  local number = tonumber(ARGV[numbers + i])
+  local bad, slot, seq = check(i, first, number)
   -- An account that the list of accounts names twice has two rows, and one breach.
-  if seen[KEYS[key + 2]] then bad = {'stale'} end
-  seen[KEYS[key + 2]] = true
-  outcomes[#outcomes + 1] = bad or {}
-  if not bad then accepted[#accepted + 1] = {#outcomes, key, first, slot, seq + 1} end
-  first = first + 7 + #fields
+  if seen[ARGV[accounts + i]] then bad = 'stale' end
+  seen[ARGV[accounts + i]] = true
+  outcomes[i] = bad
+  if not bad then
+    found[#found + 1] = i
+    slots[#found], seqs[#found] = slot, seq
+  end
+  first = first + number * 2
+end
+
+-- A slot that is not the account's own would write into another's row, or far beyond the end.
+local accepted, places = {}, {}
+local from = 1
+while from <= #found do
+  local last = close_to(from, slots)
+  local names = redis.call('LRANGE', KEYS[6], slots[from], slots[last])
+  for at = from, last do
+    local i = found[at]
+    if names[slots[at] - slots[from] + 1] == ARGV[accounts + i] then
+      accepted[#accepted + 1] = i
+      places[#accepted], outcomes[i] = slots[at], seqs[at] + 1
+    else
+      outcomes[i] = {'wrong_type', KEYS[ledgers + i]}
+    end
+  end
+  from = last + 1
 end
 
 -- Everything is checked; from here on only writes. The first may still be refused for want of memory, the others not.
 local time = now_us()
-local opened, changed = 0, {}
-for _, verdict in ipairs(accepted) do
-  local at, key, first, slot, seq = verdict[1], verdict[2], verdict[3], verdict[4], verdict[5]
-  local kind, version = ARGV[first + 1], ARGV[first + 2]
-  local text = append_history(KEYS[4], id, kind, ARGV[first], seq, epoch, time, ARGV[first + 5])
+local opened, changed, packed = 0, {}, {}
+for at, i in ipairs(accepted) do
+  local seq, id, kind = string.format('%d', outcomes[i]), first_id + at - 1, 'recovery'
+  if ARGV[breaches + i] == '' then kind = 'liquidation' end
+  local text = append_history(KEYS[4], id, kind, ARGV[accounts + i], seq, epoch, time, ARGV[bodies + i])
   if kind == 'liquidation' then
-    redis.call('HSET', KEYS[key + 2], 'seq', seq, 'breach', text, 'breach_at', time, 'breach_version', version)
-    redis.call('SETRANGE', KEYS[5], slot * 8, struct.pack('<i8', id))
+    redis.call('HSET', KEYS[ledgers + i], 'seq', seq, 'breach', text, 'breach_at', time, 'breach_version', ARGV[2])
+    packed[at] = struct.pack('<i8', id)
     opened = opened + 1
   else
-    redis.call('HSET', KEYS[key + 2], 'seq', seq, 'breach', '', 'breach_at', '', 'breach_version', version)
-    redis.call('SETRANGE', KEYS[5], slot * 8, '\0\0\0\0\0\0\0\0')
+    redis.call('HSET', KEYS[ledgers + i], 'seq', seq, 'breach', '', 'breach_at', '', 'breach_version', ARGV[2])
+    packed[at] = '\0\0\0\0\0\0\0\0'
   end
-  changed[#changed + 1] = struct.pack('<i8', slot)
-  outcomes[at] = {'ok', text, seq}
-  id = id + 1
+  changed[at] = struct.pack('<i8', places[at])
+end
+from = 1
+while from <= #accepted do
+  local last = close_to(from, places)
+  local begin = places[from] * 8
+  local column = redis.call('GETRANGE', KEYS[5], begin, places[last] * 8 + 7)
+  local parts, kept = {}, 1
+  for at = from, last do
+    local before = places[at] * 8 - begin
+    parts[#parts + 1] = string.sub(column, kept, before)
+    parts[#parts + 1] = packed[at]
+    kept = before + 9
+  end
+  redis.call('SETRANGE', KEYS[5], begin, table.concat(parts))
+  from = last + 1
 end
 if #accepted > 0 then
   note_changes(KEYS[9], noted, table.concat(changed))
-  redis.call('SET', KEYS[3], string.format('%d', id - 1))
+  redis.call('SET', KEYS[3], string.format('%d', first_id + #accepted - 1))
   redis.call('INCRBY', KEYS[7], opened)
   redis.call('INCRBY', KEYS[8], #accepted - opened)
 end
-return {'ok', epoch, time, outcomes}
+return {'ok', epoch, time, string.format('%d', first_id), outcomes}

@@ -6,7 +6,7 @@ Decimal. What is written here is what ``app.evidence`` and ``app.records`` write
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Final, Literal
@@ -36,23 +36,26 @@ TEXTS_PER_VERDICT: Final = 3
 Kind = Literal["liquidation", "recovery"]
 
 
-@dataclass(frozen=True, slots=True)
-class WrittenVerdict:
-    """What is to be recorded of an account: ``fields`` are those of its positions key, ``body`` is the evidence."""
+@dataclass(slots=True)
+class WrittenVerdicts:
+    """What is to be recorded of some of the rows that were judged, a list of each part, in the order of ``rows``.
 
-    kind: Kind
-    balance: str | bytes
-    fields: tuple[str | bytes, ...]
-    body: bytes
+    ``fields`` are those of the positions key, each with its value, and ``bodies`` the evidence.
+    """
+
+    rows: list[int] = field(default_factory=list)
+    balances: list[str | bytes] = field(default_factory=list)
+    fields: list[tuple[str | bytes, ...]] = field(default_factory=list)
+    bodies: list[bytes] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class JudgedRows:
-    """Which rows were judged and are candidates, and by row the verdicts that change something."""
+    """Which rows were judged and are candidates, and the verdicts that change something: a breach opens, or ends."""
 
     judged: Flags
     candidate: Flags
-    verdicts: dict[int, WrittenVerdict] = field(default_factory=dict)
+    written: WrittenVerdicts = field(default_factory=WrittenVerdicts)
 
 
 def judge_rows(chunk: Chunk, contracts: Mapping[str, Contract], *, restore_at: RestoreAt) -> JudgedRows:
@@ -80,8 +83,11 @@ def judge_rows(chunk: Chunk, contracts: Mapping[str, Contract], *, restore_at: R
         for kind, flags in kinds:
             (chosen,) = np.nonzero(flags & average_fits)
             if len(chosen):
-                written = _written(kind, some.rows(chosen), valued.rows(chosen), average[chosen], symbol, price)
-                found.verdicts.update(zip(rows[chosen].tolist(), written, strict=True))
+                texts = _texts(kind, some.rows(chosen), valued.rows(chosen), average[chosen], symbol, price)
+                found.written.rows += rows[chosen].tolist()
+                found.written.bodies += texts[::TEXTS_PER_VERDICT]
+                found.written.balances += texts[1::TEXTS_PER_VERDICT]
+                found.written.fields += [(symbol, position) for position in texts[2::TEXTS_PER_VERDICT]]
     return found
 
 
@@ -95,10 +101,10 @@ def _average_price(chunk: Chunk, symbol: str) -> tuple[NDArray[np.int64], Flags]
     return ratio(cost * np.sign(quantity), np.abs(quantity))
 
 
-def _written(
+def _texts(
     kind: Kind, chunk: Chunk, valued: ExactMargins, average: NDArray[np.int64], symbol: str, price: Decimal
-) -> Iterator[WrittenVerdict]:
-    """The verdicts of one kind on rows that hold ``symbol`` and nothing else."""
+) -> list[bytes]:
+    """Body, balance and position of one row after the other, all of which hold ``symbol`` and nothing else."""
     name, mark = symbol.encode(), format_decimal(price).encode()
     balance = number_texts(chunk.balance, DECIMAL_PLACES)
     quantity = number_texts(chunk.quantity[symbol], DECIMAL_PLACES)
@@ -125,7 +131,4 @@ def _written(
         *(b'\n{"quantity": "', *quantity, b'", "avg_price": "', *number_texts(average, DECIMAL_PLACES)),
         *(b'", "cost": "', *cost, b'"}\n'),
     ]
-    texts = bytes(side_by_side(len(chunk), parts).translate(None, b"\0")).split(b"\n")
-    for first in range(0, len(texts) - 1, TEXTS_PER_VERDICT):
-        body, cash, position = texts[first : first + TEXTS_PER_VERDICT]
-        yield WrittenVerdict(kind, cash, (symbol, position), body)
+    return bytes(side_by_side(len(chunk), parts).translate(None, b"\0")).split(b"\n")[:-1]

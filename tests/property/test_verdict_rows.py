@@ -14,6 +14,7 @@ from app.contracts import Contract
 from app.evidence import liquidation_body, recovery_body
 from app.numbers import format_decimal, from_units
 from app.records import encode_position
+from app.redis_client import as_text
 from app.services import trading
 from app.services.report_rows import encode_rows
 from app.services.trading import Account, Position, RestoreAt
@@ -52,18 +53,16 @@ def alone(chunk: Chunk, index: int, restore_at: RestoreAt) -> tuple[bool, tuple[
 def check(chunk: Chunk, restore_at: RestoreAt) -> int:
     """Compare every row that was judged with the account alone; answers how many verdicts there were."""
     found = judge_rows(chunk, CONTRACTS, restore_at=restore_at)
+    written, texts = found.written, {}
+    for row, balance, fields, body in zip(written.rows, written.balances, written.fields, written.bodies, strict=True):
+        kind = "recovery" if chunk.breach[row] else "liquidation"
+        texts[row] = (kind, as_text(balance), [as_text(text) for text in fields], body)
     for index in range(len(chunk)):
-        written = found.verdicts.get(index)
-        if not found.judged[index]:
-            assert written is None
-            continue
-        texts = None
-        if written is not None:
-            fields = [text if isinstance(text, str) else text.decode() for text in written.fields]
-            assert isinstance(written.balance, bytes)
-            texts = (written.kind, written.balance.decode(), fields, written.body)
-        assert (bool(found.candidate[index]), texts) == alone(chunk, index, restore_at)
-    return len(found.verdicts)
+        if found.judged[index]:
+            assert (bool(found.candidate[index]), texts.get(index)) == alone(chunk, index, restore_at)
+        else:
+            assert index not in texts
+    return len(texts)
 
 
 @repeatable
@@ -133,4 +132,4 @@ def test_a_symbol_that_json_would_escape_is_left_to_decimal() -> None:
     account = Account("x", Decimal(1), {symbol: Position(quantity=Decimal(1), cost=Decimal(50_000))})
     chunk = chunk_of([account], {symbol: Decimal(50_000)}, breaches=[0], contracts=contracts)
     found = judge_rows(chunk, contracts, restore_at="initial")
-    assert (found.judged.tolist(), found.verdicts) == ([False], {})
+    assert (found.judged.tolist(), found.written.rows) == ([False], [])
