@@ -52,9 +52,9 @@ log = structlog.get_logger(__name__)
 
 
 class Waiting(NamedTuple):
-    """A row on its way to Postgres, who waits for it, and since when by the clock of the loop."""
+    """Rows on their way to Postgres, who waits for all of them, and since when by the clock of the loop."""
 
-    entry: HistoryEntry
+    entries: Sequence[HistoryEntry]
     answer: asyncio.Future[bool]
     since: float
 
@@ -112,20 +112,19 @@ class Outbox:
 
         Either way they are in the stream and will be recorded.
         """
-        return all(await self.record_each(entries))
-
-    async def record_each(self, entries: Sequence[HistoryEntry]) -> list[bool]:
-        """As ``record``, of each entry."""
         if self.postgres_away:
-            return [False] * len(entries)
+            return False
         loop = asyncio.get_running_loop()
         now = loop.time()
-        waiting = [Waiting(entry, loop.create_future(), now) for entry in entries]
+        size = self._settings.outbox_batch_rows
+        waiting = [
+            Waiting(entries[first : first + size], loop.create_future(), now) for first in range(0, len(entries), size)
+        ]
         self._waiting += waiting
         self._wake.set()
         if self._patience is None:
             self._patience = loop.call_at(now + self._settings.record_timeout_seconds, self._end_patience)
-        return [await item.answer for item in waiting]
+        return all([await item.answer for item in waiting])
 
     def _end_patience(self) -> None:
         """Answer whoever waits, if one of them has waited too long; the rows stay where they are.
@@ -225,8 +224,7 @@ class Outbox:
             await self._wake.wait()
             self._wake.clear()
             while self._waiting:
-                self._in_hand = self._waiting[: self._settings.outbox_batch_rows]
-                del self._waiting[: len(self._in_hand)]
+                self._in_hand = self._take_batch()
                 try:
                     await self._write_batch(self._in_hand)
                 except Exception:
@@ -236,16 +234,30 @@ class Outbox:
                     _answer(self._in_hand, recorded=False)
                     self._in_hand = []
 
+    def _take_batch(self) -> list[Waiting]:
+        """What has waited longest, as many rows as fit a batch; what waits for one answer stays together."""
+        rows, count = 0, 0
+        for item in self._waiting:
+            rows += len(item.entries)
+            if count and rows > self._settings.outbox_batch_rows:
+                break
+            count += 1
+        batch = self._waiting[:count]
+        del self._waiting[:count]
+        return batch
+
     async def _write_batch(self, batch: list[Waiting]) -> None:
         """Write ``batch`` and answer who waits for a row of it; whom this leaves waiting is answered False."""
         # A row of an older epoch may be one that Redis has lost since: only the drain, which reads what Redis holds
         # now, may still write it.
-        epoch = batch[-1].entry.epoch
-        if older := [item for item in batch if item.entry.epoch != epoch]:
+        epoch = batch[-1].entries[-1].epoch
+        if older := [item for item in batch if any(row.epoch != epoch for row in item.entries)]:
             await self._write_again(older)
-            batch = [item for item in batch if item.entry.epoch == epoch]
+            batch = [item for item in batch if all(row.epoch == epoch for row in item.entries)]
+            if not batch:
+                return
         try:
-            buried = await self._write([item.entry for item in batch], epoch=epoch)
+            buried = await self._write(_entries(batch), epoch=epoch)
         except FencedError:
             metrics.HISTORY_FENCED.inc()
             await self._write_again(batch)
@@ -255,7 +267,7 @@ class Outbox:
             self.postgres_away = False
             self._postgres_answered = asyncio.get_running_loop().time()
             if buried:
-                _answer([item for item in batch if item.entry.id in buried], recorded=False)
+                _answer([item for item in batch if any(row.id in buried for row in item.entries)], recorded=False)
             _answer(batch, recorded=True)
 
     async def _write_again(self, batch: Sequence[Waiting]) -> None:
@@ -269,15 +281,16 @@ class Outbox:
             # Redis hears of a new epoch right after Postgres.
             await asyncio.sleep(FENCED_PAUSE_SECONDS)
             try:
-                epoch, held = await self._still_held([item.entry for item in batch])
-                buried = await self._write([item.entry for item in batch if item.entry in held], epoch=epoch)
+                entries = _entries(batch)
+                epoch, held = await self._still_held(entries)
+                buried = await self._write([entry for entry in entries if entry in held], epoch=epoch)
                 held = {entry for entry in held if entry.id not in buried}
                 break
             except (*POSTGRES_ERRORS, FencedError, errors.PlimsollError, RedisError) as error:
                 held = set()
                 log.debug("fenced rows wait", error=repr(error))
         for item in batch:
-            _answer([item], recorded=item.entry in held)
+            _answer([item], recorded=held.issuperset(item.entries))
 
     async def _still_held(self, entries: Sequence[HistoryEntry]) -> tuple[int, set[HistoryEntry]]:
         """The epoch of Redis, and which of ``entries`` its stream holds. An id alone proves nothing.
@@ -325,7 +338,7 @@ class Outbox:
 
     def _delete(self, entries: Sequence[HistoryEntry]) -> None:
         """Take recorded rows out of the stream. Nobody waits: a row that stays is drained, which changes nothing."""
-        deleted = self._store.batcher.defer("XDEL", keys.OUTBOX, *(f"{entry.id}-0" for entry in entries))
+        deleted = self._store.batcher.defer("XDEL", keys.OUTBOX, *[entry.id for entry in entries])
         deleted.add_done_callback(lambda answer: answer.cancelled() or answer.exception())
 
     async def _write_one_by_one(self, entries: Sequence[HistoryEntry], *, epoch: int) -> set[int]:
@@ -374,6 +387,10 @@ def entry_from_stream(entry_id: bytes, fields: dict[bytes, bytes]) -> HistoryEnt
         time_us=int(fields[b"time"]),
         body=fields[b"body"],
     )
+
+
+def _entries(batch: Sequence[Waiting]) -> list[HistoryEntry]:
+    return [entry for item in batch for entry in item.entries]
 
 
 def _answer(batch: Sequence[Waiting], *, recorded: bool) -> None:

@@ -40,7 +40,7 @@ def writing(outbox: Outbox, write: Write) -> Iterator[None]:
 
 async def test_a_mistake_of_the_writer_answers_its_rows_and_does_not_end_it(outbox: Outbox) -> None:
     async def fail_once(batch: list[Waiting]) -> None:
-        if batch[0].entry.id == 1:
+        if batch[0].entries[0].id == 1:
             raise RuntimeError("a mistake")
         batch[0].answer.set_result(True)
 
@@ -72,7 +72,7 @@ async def test_rows_that_were_given_up_cost_the_next_ones_no_patience(outbox: Ou
     slow = asyncio.Event()
 
     async def write(batch: list[Waiting]) -> None:
-        if batch[0].entry.id == 1:
+        if batch[0].entries[0].id == 1:
             await slow.wait()
             outbox.postgres_away = False
         await asyncio.sleep(PATIENCE_SECONDS / 4)

@@ -34,20 +34,18 @@ TURNS_TO_SETTLE: Final = 5
 class DirectOutbox(Outbox):
     """The outbox without its two tasks: who records writes the rows itself, through the same code."""
 
-    async def record_each(self, entries: Sequence[HistoryEntry]) -> list[bool]:
+    async def record(self, entries: Sequence[HistoryEntry]) -> bool:
         """As the writer's task does it, one batch at a time."""
-        if not entries:
-            return []
+        recorded = True
         try:
-            buried = await self._write(entries, epoch=entries[0].epoch)
-            recorded = [entry.id not in buried for entry in entries]
+            recorded = not await self._write(entries, epoch=entries[0].epoch)
         except FencedError:
             loop = asyncio.get_running_loop()
-            batch = [Waiting(entry, loop.create_future(), loop.time()) for entry in entries]
-            await self._write_again(batch)
-            recorded = [await item.answer for item in batch]
+            waiting = Waiting(entries, loop.create_future(), loop.time())
+            await self._write_again([waiting])
+            recorded = await waiting.answer
         except (*POSTGRES_ERRORS, errors.PlimsollError, RedisError):
-            return [False] * len(entries)
+            return False
         await between("delete | answer")
         return recorded
 
