@@ -6,7 +6,7 @@ comes with the marks and the mark version in one MULTI, so that no row is torn a
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any, Final
@@ -30,6 +30,8 @@ ROUNDING_ERROR_RELATIVE: Final = 2.0**-48
 
 SCREEN_BLOCK_ROWS: Final = 16_384
 """Of so many rows everything that the screen computes stays in a megabyte of cache."""
+
+NO_ROWS: Final = np.empty(0, dtype=np.intp)
 
 NAMES_SKIPPED_MAX: Final = 64
 """A name in a range costs this much less than a name asked for by itself."""
@@ -93,10 +95,34 @@ class Chunk:
             marks=self.marks,
         )
 
+    def pieces(self, rows: int) -> Iterator[Chunk]:
+        """All of it, so many rows at a time; one without rows has an empty piece."""
+        for first in range(0, max(len(self), 1), rows):
+            yield replace(self.rows(slice(first, first + rows)), first_slot=self.first_slot + first)
+
+    def indices_of(self, slots: Iterable[int]) -> NDArray[np.intp]:
+        """The rows of those of ``slots`` that it has."""
+        within = range(self.first_slot, self.first_slot + len(self))
+        return np.array([slot - self.first_slot for slot in slots if slot in within], dtype=np.intp)
+
     def readable(self, quarantined: Iterable[int]) -> Flags:
         """Which rows are of accounts whose keys can be read: all but those in the slots ``quarantined``."""
         flags = np.ones(len(self), dtype=np.bool_)
-        flags[[slot - self.first_slot for slot in quarantined if 0 <= slot - self.first_slot < len(self)]] = False
+        flags[self.indices_of(quarantined)] = False
+        return flags
+
+    def is_open(self) -> Flags:
+        """Which rows have a position."""
+        return self._holding(self.quantity)
+
+    def is_unvalued(self) -> Flags:
+        """Which rows have a position that has no mark: nothing is breached on a missing one."""
+        return self._holding(self.quantity.keys() - self.marks.prices.keys())
+
+    def _holding(self, symbols: Iterable[str]) -> Flags:
+        flags = np.zeros(len(self), dtype=np.bool_)
+        for symbol in symbols:
+            flags |= self.quantity[symbol] != 0
         return flags
 
     def packed_row(self, index: int) -> bytes:
@@ -112,29 +138,25 @@ class ScreenedChunk:
     """What float64 says of a chunk. Verdicts are not made here: a flag says that Decimal has to look.
 
     ``may_be_candidate`` and ``may_be_restored`` miss no account; ``surely_candidate`` holds no account that is none.
-    ``unvalued`` marks the rows with an open position that has no mark: nothing is breached on a missing one.
     """
 
     chunk: Chunk
-    contracts: Mapping[str, Contract]
-    is_open: Flags
     in_breach: Flags
-    unvalued: Flags
     surely_candidate: Flags
     may_be_candidate: Flags
     may_be_restored: Flags
 
-    @property
-    def valued(self) -> AccountMargin[Column]:
-        """Every row valued in float64, in USDT. Computed anew each time it is asked for: a sweep does without."""
-        return value_rows(self.chunk, self.contracts)[0]
-
 
 @dataclass(slots=True)
 class Sums:
-    """Exact sums over accounts, as Python integers of 1e-8 and apart from any mark; int64 sums would wrap."""
+    """Exact sums over accounts, as Python integers of 1e-8 and apart from any mark; int64 sums would wrap.
+
+    ``in_breach`` counts accounts, and ``negative_equity`` those among the others that owe and have no position.
+    """
 
     balance: int = 0
+    in_breach: int = 0
+    negative_equity: int = 0
     quantity_long: dict[str, int] = field(default_factory=dict)
     quantity_short: dict[str, int] = field(default_factory=dict)
     cost: dict[str, int] = field(default_factory=dict)
@@ -142,6 +164,10 @@ class Sums:
     def add(self, chunk: Chunk, *, times: int = 1) -> None:
         """Add every row of ``chunk``, or with ``times=-1`` take it away again."""
         self.balance += times * exact_sum(chunk.balance)
+        in_breach = chunk.breach != 0
+        owing = chunk.rows(np.flatnonzero((chunk.balance < 0) & ~in_breach))
+        self.in_breach += times * int(np.count_nonzero(in_breach))
+        self.negative_equity += times * int(np.count_nonzero(~owing.is_open()))
         for symbol, quantity in chunk.quantity.items():
             both, long = exact_sum(quantity), exact_sum(np.maximum(quantity, 0))
             for sums, units in (
@@ -195,61 +221,47 @@ class Totals:
     short_notional: Decimal
 
 
-@dataclass(frozen=True, slots=True)
-class FirstLook:
-    """What a look at a chunk without a room for each row finds: flags, and ``near`` for the rows that need a second."""
+def near_rows(chunk: Chunk, contracts: Mapping[str, Contract]) -> NDArray[np.intp]:
+    """The rows in breach, those that may be candidates, and a few others: there is one room for all rows of a block.
 
-    is_open: Flags
-    in_breach: Flags
-    unvalued: Flags
-    near: Flags
-
-
-def look_first(chunk: Chunk, contracts: Mapping[str, Contract]) -> FirstLook:
-    """Look at a block at a time, which stays in the processor's cache, with one room for all rows of the block."""
-    is_open, unvalued = (np.zeros(len(chunk), dtype=np.bool_) for _ in range(2))
-    in_breach = chunk.breach != 0
-    for symbol, quantity in chunk.quantity.items():
-        open_here = quantity != 0
-        np.logical_or(is_open, open_here, out=is_open)
-        if symbol not in chunk.marks.prices:
-            np.logical_or(unvalued, open_here, out=unvalued)
-    near = in_breach.copy()
-    for first in range(0, len(chunk), SCREEN_BLOCK_ROWS):
-        block = slice(first, first + SCREEN_BLOCK_ROWS)
-        valued, magnitude = value_rows(chunk.rows(block), contracts, one_magnitude=True)
-        near[block] |= _may_be_candidate(valued, room_for(magnitude, contracts))
-    return FirstLook(is_open, in_breach, unvalued, near)
+    A block at a time: what is computed of it stays in the processor's cache.
+    """
+    found = [NO_ROWS]
+    for block in chunk.pieces(SCREEN_BLOCK_ROWS):
+        valued, magnitude = value_rows(block, contracts, one_magnitude=True)
+        near = (block.breach != 0) | _may_be_candidate(valued, room_for(magnitude, contracts))
+        found.append(np.flatnonzero(near) + (block.first_slot - chunk.first_slot))
+    return np.concatenate(found)
 
 
 def screen(
-    chunk: Chunk, contracts: Mapping[str, Contract], *, restore_at: str, first_look: FirstLook | None = None
+    chunk: Chunk, contracts: Mapping[str, Contract], *, restore_at: str, near: NDArray[np.intp] | None = None
 ) -> ScreenedChunk:
     """Flag the rows of ``chunk`` at its marks, with room for what float64 rounds away.
 
-    The first look lets a few too many through. The second, at those and at the rows in breach, leaves each row its own
-    room. Somebody who keeps the rows may have had the first look already (:mod:`app.headroom`).
+    The first look is that of ``near_rows``; somebody who keeps the rows may have had it already (:mod:`app.headroom`).
+    The second, at the rows found ``near``, leaves each its own room.
     """
-    looked = first_look or look_first(chunk, contracts)
-    may_be_candidate, surely_candidate, may_be_restored = (np.zeros(len(chunk), dtype=np.bool_) for _ in range(3))
-    rows = np.flatnonzero(looked.near & ~looked.unvalued)
+    rows = near_rows(chunk, contracts) if near is None else near
+    in_breach, may_be_candidate, surely_candidate, may_be_restored = (
+        np.zeros(len(chunk), dtype=np.bool_) for _ in range(4)
+    )
+    in_breach[rows] = chunk.breach[rows] != 0
+    rows = rows[~chunk.rows(rows).is_unvalued()]
     valued, magnitude = value_rows(chunk.rows(rows), contracts)
     room, exposure = room_for(magnitude, contracts), valued.exposure
     may_be_candidate[rows] = _may_be_candidate(valued, room)
     surely_candidate[rows] = margin.is_candidate(
         notional=exposure.notional, equity=valued.equity + room, maintenance_margin=exposure.maintenance_margin
     )
-    may_be_restored[rows] = looked.in_breach[rows] & margin.is_restored(
+    may_be_restored[rows] = in_breach[rows] & margin.is_restored(
         notional=exposure.notional,
         equity=valued.equity + room,
         restore_margin=exposure.used_margin if restore_at == "initial" else exposure.maintenance_margin,
     )
     return ScreenedChunk(
         chunk,
-        contracts,
-        is_open=looked.is_open,
-        in_breach=looked.in_breach,
-        unvalued=looked.unvalued,
+        in_breach=in_breach,
         surely_candidate=surely_candidate,
         may_be_candidate=may_be_candidate,
         may_be_restored=may_be_restored,

@@ -1,7 +1,7 @@
 """Headroom: how far the equity of rows that are kept is above their maintenance margin, as a line over the marks.
 
 Equity and maintenance margin are both linear in the marks. So a row that did not change takes two float64 operations a
-symbol at a new mark, where :func:`app.columns.look_first` takes twenty from the packed row; the sums over all rows,
+symbol at a new mark, where :func:`app.columns.near_rows` takes twenty from the packed row; the sums over all rows,
 which are apart from any mark, take none. No verdict is made here: it says at which rows :func:`app.columns.screen` has
 to look.
 """
@@ -14,10 +14,10 @@ from decimal import Decimal
 import numpy as np
 from numpy.typing import NDArray
 
-from app.columns import SCREEN_BLOCK_ROWS, Chunk, FirstLook, Marks, Sums, for_every_row, in_usdt, largest, room_for
+from app.columns import NO_ROWS, SCREEN_BLOCK_ROWS, Chunk, Marks, Sums, for_every_row, in_usdt, largest, room_for
 from app.contracts import Contract
 from app.services import margin
-from app.services.margin import Column, Flags
+from app.services.margin import Column
 
 NO_COST = for_every_row(Decimal(0))
 ONE = for_every_row(Decimal(1))
@@ -32,9 +32,8 @@ class Headroom:
     def __init__(self, contracts: Mapping[str, Contract], rows: int) -> None:
         self._contracts = contracts
         self.sums = Sums()
-        self._is_open: Flags = np.zeros(rows, dtype=np.bool_)
-        self._in_breach: Flags = np.zeros(rows, dtype=np.bool_)
-        # Nobody looks twice at a row without a position: it is infinitely far from its line.
+        # Nobody looks twice at a row without a position: it is infinitely far above its line. One in breach is always
+        # looked at, wherever it is: it counts as infinitely far below.
         self._at_zero: Column = np.full(rows, np.inf)
         self._per_mark: dict[str, Column] = {symbol: np.zeros(rows) for symbol in contracts}
         self._size_at_zero = 0.0
@@ -49,10 +48,9 @@ class Headroom:
             self.sums.add(before, times=-1)
         self.sums.add(after)
         balance = in_usdt(after.balance)
-        is_open, at_zero, size = np.zeros(len(after), dtype=np.bool_), balance, largest(balance)
+        at_zero, size = balance, largest(balance)
         for symbol, contract in self._contracts.items():
             quantity, cost = in_usdt(after.quantity[symbol]), in_usdt(after.cost[symbol])
-            is_open |= after.quantity[symbol] != 0
             at_one = margin.position_exposure(
                 quantity=quantity,
                 cost=NO_COST,
@@ -65,30 +63,27 @@ class Headroom:
             at_zero = at_zero - cost
             size += largest(cost)
         self._size_at_zero = max(self._size_at_zero, size)
-        self._at_zero[slots] = np.where(is_open, at_zero, np.inf)
-        self._is_open[slots] = is_open
-        self._in_breach[slots] = after.breach != 0
+        at_zero = np.where(after.is_open(), at_zero, np.inf)
+        self._at_zero[slots] = np.where(after.breach != 0, -np.inf, at_zero)
 
-    def look(self, marks: Marks, rows: int) -> FirstLook | None:
-        """The first look at the first ``rows`` rows; None unless every symbol has a mark."""
+    def near_rows(self, marks: Marks, rows: int) -> NDArray[np.intp] | None:
+        """``app.columns.near_rows`` of the first ``rows`` rows; None unless every symbol has a mark."""
         if set(marks.prices) != set(self._contracts):
             return None
         prices = {symbol: float(price) for symbol, price in marks.prices.items()}
         size = self._size_at_zero + sum(self._size_per_mark[symbol] * price for symbol, price in prices.items())
         room = room_for(np.array(size), self._contracts)
-        is_open, in_breach = self._is_open[:rows], self._in_breach[:rows]
-        near = in_breach.copy()
+        found = [NO_ROWS]
         for first in range(0, rows, SCREEN_BLOCK_ROWS):
             block = slice(first, min(first + SCREEN_BLOCK_ROWS, rows))
             headroom = self._at_zero[block]
             for symbol, price in prices.items():
                 headroom = headroom + self._per_mark[symbol][block] * price
-            near[block] |= headroom < room
-        return FirstLook(is_open, in_breach, unvalued=np.zeros(rows, dtype=np.bool_), near=near)
+            found.append(np.flatnonzero(headroom < room) + first)
+        return np.concatenate(found)
 
     def grow(self, rows: int) -> None:
         """Room for ``rows`` rows; the new ones are empty."""
         more = rows - len(self)
-        self._is_open, self._in_breach = (np.pad(flags, (0, more)) for flags in (self._is_open, self._in_breach))
         self._at_zero = np.pad(self._at_zero, (0, more), constant_values=np.inf)
         self._per_mark = {symbol: np.pad(column, (0, more)) for symbol, column in self._per_mark.items()}

@@ -26,7 +26,17 @@ from numpy.typing import NDArray
 from app import background, errors
 from app import redis_client as keys
 from app.booking import Booking
-from app.columns import INT64, Chunk, Marks, chunk_of, column_names, marks_from, read_chunk, read_marks
+from app.columns import (
+    INT64,
+    SCREEN_BLOCK_ROWS,
+    Chunk,
+    Marks,
+    chunk_of,
+    column_names,
+    marks_from,
+    read_chunk,
+    read_marks,
+)
 from app.headroom import Headroom
 from watchdog import metrics
 
@@ -138,10 +148,10 @@ class KeptColumns:
         accounts = sum(map(len, chunks))
         room = self._with_room(accounts)
         columns, headroom = [np.zeros(room, dtype=np.int64) for _ in self._names], Headroom(self._contracts, room)
-        for chunk in chunks:
-            slots = slice(chunk.first_slot, chunk.first_slot + len(chunk))
-            headroom.put(slots, chunk)
-            for column, read in zip(columns, _columns_of(chunk), strict=True):
+        for block in (block for chunk in chunks for block in chunk.pieces(SCREEN_BLOCK_ROWS)):
+            slots = slice(block.first_slot, block.first_slot + len(block))
+            headroom.put(slots, block)
+            for column, read in zip(columns, _columns_of(block), strict=True):
                 column[slots] = read
         self._columns, self._accounts, self._headroom = columns, accounts, headroom
 

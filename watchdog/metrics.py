@@ -7,7 +7,7 @@ hides a burst.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -15,7 +15,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from app.columns import SCREEN_BLOCK_ROWS, value_rows
 from app.config import Settings
+from app.contracts import Contract
 from app.metrics import LATENCY_BUCKETS_SECONDS
 
 if TYPE_CHECKING:
@@ -146,16 +148,16 @@ def show_settings(settings: Settings) -> None:
     SWEEP_INTERVAL.set(settings.sweep_interval_seconds)
 
 
-def show_bands(swept: Swept) -> None:
+def show_bands(swept: Swept, contracts: Mapping[str, Contract]) -> None:
     """Set the gauges of the margin ratio's bands. In float64: they decide nothing.
 
     Not part of :func:`show`: for a million accounts it takes milliseconds, which a scrape has and a sweep has not. A
     scrape leaves it to a thread: rows that change meanwhile are counted in one band or another.
     """
     counts = dict.fromkeys([*MARGIN_RATIO_BANDS, "above_1"], 0)
-    for chunk, screened in swept.chunks:
-        counted = chunk.readable(swept.quarantined) & screened.is_open & ~screened.unvalued
-        valued = screened.valued
+    for block in (block for chunk in swept.chunks for block in chunk.pieces(SCREEN_BLOCK_ROWS)):
+        counted = block.readable(swept.quarantined) & block.is_open() & ~block.is_unvalued()
+        valued, _ = value_rows(block, contracts)
         equity, maintenance = valued.equity, valued.maintenance_margin
         above_last = int(np.count_nonzero(counted))
         for band, upper_end in MARGIN_RATIO_BANDS.items():

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from app import redis_client as keys
 from app.booking import Booking
-from app.columns import Chunk, ScreenedChunk, account_names, value_rows
+from app.columns import Chunk, account_names, value_rows
+from app.contracts import Contract
 from app.numbers import format_decimal
 from app.services import reports
 
@@ -65,23 +66,21 @@ class Refresher:
 
     async def _chosen(self, swept: Swept, budget: int) -> AsyncIterator[tuple[Chunk, list[int]]]:
         """The rows to write by chunk: all if the budget allows, else half of it at most risk, half in turn."""
-        accounts = sum(len(chunk) for chunk, _ in swept.chunks)
+        accounts = sum(map(len, swept.chunks))
         if accounts <= budget:
-            for chunk, _ in swept.chunks:
+            for chunk in swept.chunks:
                 yield chunk, list(range(len(chunk)))
             return
         in_turn = [(self._next_slot + step) % accounts for step in range(budget // 2)]
-        for chunk, screened in swept.chunks:
+        for chunk in swept.chunks:
             # A piece at a time, so that a sweep does not wait until a million rows are valued.
-            for first in range(0, len(chunk), ROWS_AT_ONCE):
-                piece = range(first, min(first + ROWS_AT_ONCE, len(chunk)))
+            for piece in chunk.pieces(ROWS_AT_ONCE):
                 count = max(1, budget * len(piece) // accounts // 2)
                 if len(piece) < THREAD_ROWS_MIN:
-                    at_risk = _most_at_risk(screened, piece, count)
+                    at_risk = _most_at_risk(piece, self._booking.contracts, count)
                 else:
-                    at_risk = await asyncio.to_thread(_most_at_risk, screened, piece, count)
-                indices = {slot - chunk.first_slot for slot in in_turn if slot - chunk.first_slot in piece}
-                yield chunk, sorted(indices.union(at_risk))
+                    at_risk = await asyncio.to_thread(_most_at_risk, piece, self._booking.contracts, count)
+                yield piece, sorted({*piece.indices_of(in_turn).tolist(), *at_risk})
         self._next_slot = (self._next_slot + budget // 2) % accounts
 
     async def _write(self, chunk: Chunk, indices: Sequence[int], swept: Swept) -> None:
@@ -110,12 +109,12 @@ class Refresher:
         )
 
 
-def _most_at_risk(screened: ScreenedChunk, piece: range, count: int) -> list[int]:
-    """The open rows among ``piece`` with the least equity above their maintenance margin."""
-    rows = slice(piece.start, piece.stop)
-    valued, _ = value_rows(screened.chunk.rows(rows), screened.contracts)
-    valuable = screened.is_open[rows] & ~screened.unvalued[rows]
-    headroom = np.where(valuable, valued.equity - valued.maintenance_margin, np.inf)
+def _most_at_risk(piece: Chunk, contracts: Mapping[str, Contract], count: int) -> list[int]:
+    """The open rows of ``piece`` with the least equity above their maintenance margin."""
     if count >= len(piece):
-        return list(piece)
-    return [piece.start + int(index) for index in np.argpartition(headroom, count)[:count]]
+        return list(range(len(piece)))
+    valued, _ = value_rows(piece, contracts)
+    valuable = piece.is_open() & ~piece.is_unvalued()
+    headroom = np.where(valuable, valued.equity - valued.maintenance_margin, np.inf)
+    found: list[int] = np.argpartition(headroom, count)[:count].tolist()
+    return found

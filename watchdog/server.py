@@ -41,7 +41,7 @@ def create_server(booking: Booking, sweeper: Sweeper, gate: Gate | None) -> Star
             await gate.admit(request, METRICS_ACCESS)
         await _read_counters(booking)
         if sweeper.swept is not None:
-            await asyncio.to_thread(metrics.show_bands, sweeper.swept)
+            await asyncio.to_thread(metrics.show_bands, sweeper.swept, booking.contracts)
         return Response(
             generate_latest(metrics.REGISTRY) + generate_latest(shared_metrics.REGISTRY),
             headers={"Content-Type": CONTENT_TYPE_LATEST},

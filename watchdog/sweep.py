@@ -9,19 +9,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import structlog
+from numpy.typing import NDArray
 from redis.exceptions import RedisError
 
 from app import errors, failpoints
 from app import redis_client as keys
 from app.booking import Booking
-from app.columns import Chunk, Marks, ScreenedChunk, Sums, Totals, quarantined_slots, screen
+from app.columns import Chunk, Marks, ScreenedChunk, Sums, Totals, near_rows, quarantined_slots, screen
 from app.headroom import Headroom
 from app.history import FencedError
 from app.outbox import POSTGRES_ERRORS
@@ -39,6 +41,12 @@ RECORDING_AT_ONCE: Final = 8
 THREAD_ROWS_MIN: Final = 16_384
 """Below, numpy is done before a thread has begun."""
 
+PIECE_ROWS: Final = 1_048_576
+"""Flags for each of its rows are a megabyte; for each of ten million they would be fresh memory, which has to be
+waited for."""
+
+_Found = TypeVar("_Found")
+
 log = structlog.get_logger(__name__)
 
 
@@ -53,29 +61,33 @@ class Swept:
     open_breaches: int
     overdue: int
     totals: Totals
-    chunks: Sequence[tuple[Chunk, ScreenedChunk]]
+    chunks: Sequence[Chunk]
     quarantined: Mapping[int, str]
 
 
 @dataclass(slots=True)
 class _Tally:
-    """What the chunks of a sweep add up to while it runs."""
+    """What the chunks of a sweep add up to while it runs, as they were read.
+
+    ``sums`` are of every account, ``left_out`` of those in quarantine, which are in no state; ``accounts`` has none.
+    """
 
     settled: Settled = field(default_factory=Settled)
     sums: Sums = field(default_factory=Sums)
+    left_out: Sums = field(default_factory=Sums)
     accounts: int = 0
-    in_breach: int = 0
-    negative_equity: int = 0
-    chunks: list[tuple[Chunk, ScreenedChunk]] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
 
-    def count(self, chunk: Chunk, screened: ScreenedChunk, quarantined: Mapping[int, str]) -> None:
-        """Count the rows of ``chunk`` in, as they were read; their sums are apart."""
-        readable = chunk.readable(quarantined)
-        flat = readable & ~screened.in_breach & ~screened.is_open
-        self.accounts += int(np.count_nonzero(readable))
-        self.in_breach += int(np.count_nonzero(readable & screened.in_breach))
-        self.negative_equity += int(np.count_nonzero(flat & (chunk.balance < 0)))
-        self.chunks.append((chunk, screened))
+    def count(self, chunk: Chunk, quarantined: Mapping[int, str], *, sums: Sums | None) -> None:
+        """Count the rows of ``chunk`` in; ``sums`` are those of all chunks, where somebody keeps them."""
+        left_out = chunk.rows(chunk.indices_of(quarantined))
+        self.left_out.add(left_out)
+        self.accounts += len(chunk) - len(left_out)
+        self.chunks.append(chunk)
+        if sums is None:
+            self.sums.add(chunk)
+        else:
+            self.sums = sums
 
 
 class Sweeper:
@@ -170,8 +182,9 @@ class Sweeper:
                 marks = read.marks
                 versions.append(marks.version)
                 chunk = replace(read, marks=marks.fresh(self._settings.mark_max_age_seconds))
-                screened = await self._look_at(chunk, headroom, tally, quarantined)
-                async with aclosing(self._breaches.settle(chunk, screened, quarantined)) as parts:
+                near = await self._look_at(chunk, headroom, tally, quarantined)
+                self.last_sign_of_life = time.monotonic()
+                async with aclosing(self._settle(chunk, near, quarantined)) as parts:
                     async for part in parts:
                         self.last_sign_of_life = time.monotonic()
                         if len(recording) >= RECORDING_AT_ONCE:
@@ -195,22 +208,33 @@ class Sweeper:
 
     async def _look_at(
         self, chunk: Chunk, headroom: Headroom | None, tally: _Tally, quarantined: Mapping[int, str]
-    ) -> ScreenedChunk:
-        """Screen and count a chunk, a large one in a thread: numpy leaves the loop to others meanwhile."""
+    ) -> NDArray[np.intp]:
+        """Count a chunk, and find the rows that need a second look."""
 
-        def screen_and_count() -> ScreenedChunk:
-            looked = headroom.look(chunk.marks, len(chunk)) if headroom is not None else None
-            screened = screen(chunk, self._booking.contracts, restore_at=self._settings.restore_at, first_look=looked)
-            if headroom is not None:
-                tally.sums = headroom.sums
-            else:
-                tally.sums.add(chunk)
-            tally.count(chunk, screened, quarantined)
-            return screened
+        def look_and_count() -> NDArray[np.intp]:
+            near = headroom.near_rows(chunk.marks, len(chunk)) if headroom is not None else None
+            tally.count(chunk, quarantined, sums=headroom.sums if headroom is not None else None)
+            return near_rows(chunk, self._booking.contracts) if near is None else near
 
-        if len(chunk) < THREAD_ROWS_MIN:
-            return screen_and_count()
-        return await asyncio.to_thread(screen_and_count)
+        return await _computed(look_and_count, rows=len(chunk))
+
+    async def _settle(
+        self, chunk: Chunk, near: NDArray[np.intp], quarantined: Mapping[int, str]
+    ) -> AsyncGenerator[Settled]:
+        """Take the second look, and record what it finds; a piece in which no row is near needs none."""
+        ends = range(PIECE_ROWS, len(chunk), PIECE_ROWS)
+        for piece, rows in zip(chunk.pieces(PIECE_ROWS), np.split(near, np.searchsorted(near, ends)), strict=True):
+            if not len(rows):
+                continue
+            near_here = rows - (piece.first_slot - chunk.first_slot)
+            screened = await _computed(partial(self._look_again, piece, near_here), rows=len(rows))
+            async with aclosing(self._breaches.settle(piece, screened, quarantined)) as parts:
+                async for part in parts:
+                    yield part
+
+    def _look_again(self, piece: Chunk, near: NDArray[np.intp]) -> ScreenedChunk:
+        contracts, restore_at = self._booking.contracts, self._settings.restore_at
+        return screen(piece, contracts, restore_at=restore_at, near=near)
 
     async def _record(self, settled: Settled, marks: Marks) -> None:
         """Wait until the rows that some verdicts made are in Postgres, or it is known to be away."""
@@ -257,11 +281,11 @@ class Sweeper:
         quarantined: Mapping[int, str],
         without_slot: Sequence[str],
     ) -> Swept:
-        in_breach = tally.in_breach + tally.settled.breaches_more
+        in_breach = tally.sums.in_breach - tally.left_out.in_breach + tally.settled.breaches_more
         states = Counter(
             candidate=tally.settled.candidates,
             quarantined=len(quarantined) + len(without_slot),
-            negative_equity=tally.negative_equity,
+            negative_equity=tally.sums.negative_equity - tally.left_out.negative_equity,
             # Every candidate of this sweep has an open breach by now, but for those that kept moving.
             recovering=max(0, in_breach - (tally.settled.candidates - tally.settled.overdue)),
         )
@@ -277,6 +301,11 @@ class Sweeper:
             chunks=tally.chunks,
             quarantined=quarantined,
         )
+
+
+async def _computed(compute: Callable[[], _Found], *, rows: int) -> _Found:
+    """What ``compute`` finds in so many rows, of many in a thread: numpy leaves the loop to others meanwhile."""
+    return compute() if rows < THREAD_ROWS_MIN else await asyncio.to_thread(compute)
 
 
 def _log_transitions(settled: Settled) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import orjson
 
-from app.columns import Chunk, Marks, ScreenedChunk, Sums, screen
+from app.columns import Chunk, Marks, ScreenedChunk, Sums, screen, value_rows
 from app.contracts import Contract
 from app.history import timestamp_text
 from app.numbers import exact, format_decimal
@@ -216,19 +216,19 @@ class _Rows:
     def __init__(self, source: ReportSource) -> None:
         self._source = source
         self._starts = [chunk.first_slot for chunk in source.chunks]
-        self._screened = [
-            screen(replace(chunk, marks=source.marks), source.contracts, restore_at=source.restore_at)
-            for chunk in source.chunks
-        ]
+        self._chunks = [replace(chunk, marks=source.marks) for chunk in source.chunks]
 
     def candidate_slots(self) -> list[int]:
         """The slots in which Decimal may find a candidate."""
         return [
-            start + int(index)
-            for start, screened in zip(self._starts, self._screened, strict=True)
-            for index in np.flatnonzero(screened.may_be_candidate)
-            if start + int(index) not in self._source.quarantined
+            chunk.first_slot + int(index)
+            for chunk in self._chunks
+            for index in np.flatnonzero(self._screened(chunk).may_be_candidate)
+            if chunk.first_slot + int(index) not in self._source.quarantined
         ]
+
+    def _screened(self, chunk: Chunk) -> ScreenedChunk:
+        return screen(chunk, self._source.contracts, restore_at=self._source.restore_at)
 
     def page(self, request: ReportRequest) -> tuple[Sequence[int], str | None]:
         """The slots to show, and the cursor of the page after them."""
@@ -301,20 +301,19 @@ class _Rows:
 
     def totals(self, candidates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Exact sums, and how many accounts are in each state."""
-        sums = Sums()
+        sums, left_out = Sums(), Sums()
         states: Counter[str] = Counter(
             candidate=len(candidates),
             quarantined=len(self._source.quarantined) + len(self._source.quarantined_without_slot),
         )
         readable = -len(self._source.quarantined)
-        for chunk, screened in zip(self._source.chunks, self._screened, strict=True):
+        for chunk in self._source.chunks:
             sums.add(chunk)
+            left_out.add(chunk.rows(chunk.indices_of(self._source.quarantined)))
             readable += len(chunk)
-            known = chunk.readable(self._source.quarantined)
-            in_breach = chunk.breach != 0
-            states["recovering"] += int((known & in_breach).sum())
-            states["negative_equity"] += int((known & ~in_breach & ~screened.is_open & (chunk.balance < 0)).sum())
-        states["recovering"] -= sum(1 for shown in candidates if shown["open_breach_id"])
+        candidates_in_breach = sum(1 for shown in candidates if shown["open_breach_id"])
+        states["recovering"] = sums.in_breach - left_out.in_breach - candidates_in_breach
+        states["negative_equity"] = sums.negative_equity - left_out.negative_equity
         states["ok"] = readable - states["candidate"] - states["recovering"] - states["negative_equity"]
         totals = sums.value(self._source.marks.prices, self._source.contracts)
         return {
@@ -349,7 +348,7 @@ class _Rows:
 
     def _by_margin_ratio(self, request: ReportRequest) -> Sequence[int]:
         """Slots from the highest ratio down, those without one first. The order is for the eye: floats serve."""
-        ratios = np.concatenate([self._ratios(screened) for screened in self._screened])
+        ratios = np.concatenate([self._ratios(chunk) for chunk in self._chunks])
         order = np.lexsort((np.arange(len(ratios)), -ratios))
         if request.cursor is not None:
             ratio, slot = request.cursor.split(":")
@@ -361,16 +360,15 @@ class _Rows:
 
     def _ratio(self, slot: int) -> float:
         number = int(np.searchsorted(self._starts, slot, side="right")) - 1
-        return float(self._ratios(self._screened[number])[slot - self._starts[number]])
+        return float(self._ratios(self._chunks[number])[slot - self._starts[number]])
 
-    @staticmethod
-    def _ratios(screened: ScreenedChunk) -> margin.Column:
-        valued = screened.valued
+    def _ratios(self, chunk: Chunk) -> margin.Column:
+        valued, _ = value_rows(chunk, self._source.contracts)
         equity = valued.equity
         ratios = np.zeros(len(equity))
         solvent = equity > 0
         np.divide(valued.maintenance_margin, equity, out=ratios, where=solvent)
-        ratios[screened.unvalued | (screened.is_open & ~solvent)] = np.inf
+        ratios[chunk.is_unvalued() | (chunk.is_open() & ~solvent)] = np.inf
         return ratios
 
 

@@ -29,7 +29,7 @@ from app.reconcile import reconcile
 from app.records import UNIT
 from app.redis_client import StateStore
 from app.services.trading import TradeOrder, TransferOrder
-from watchdog import kept_columns, metrics
+from watchdog import kept_columns, metrics, sweep
 from watchdog.audit import Audit
 from watchdog.kept_columns import KeptColumns
 from watchdog.refresh import Refresher
@@ -263,6 +263,28 @@ async def test_a_system_in_which_nothing_changes_is_not_read_in_full_for_ever(de
     assert chunks_read == [4, 4, 0, 0]
     await desk.deposit(NAMES[3], "1")
     assert await desk.read_kept(sweeper._columns) == (await desk.read_in_full(), 0)
+
+
+async def test_the_rows_kept_are_judged_piece_by_piece_each_under_its_own_name(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten accounts are pieces of four, four and two; in the second nobody is near a line."""
+    monkeypatch.setattr(sweep, "PIECE_ROWS", 4)
+    sweeper = Sweeper(desk.booking, Refresher(desk.booking))
+    await sweeper._sweep()
+    # Long 10 or 9 from 50,000 with 10,000: at 49,000 equity is 0 or 1,000, below a tenth of the notional.
+    for name, more in ((NAMES[2], "8.5"), (NAMES[8], "9.5"), (NAMES[9], "9.5")):
+        await desk.deposit(name, "100000")
+        await desk.trade(name, "buy", more)
+        await desk.redis.set(keys.balance_key(name), "10000")
+        await Audit(desk.booking).step()
+    await desk.mark("49000")
+    desk.chunks_read.clear()
+    swept = await sweeper._sweep()
+    assert desk.chunks_read == []
+    assert (swept.states["candidate"], swept.states["ok"], swept.open_breaches) == (3, 7, 3)
+    breached = [name for name in NAMES[:10] if await desk.redis.hget(keys.ledger_key(name), "breach")]
+    assert breached == [NAMES[2], NAMES[8], NAMES[9]]
 
 
 async def test_every_row_is_read_in_a_new_epoch(desk: Desk) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.columns import Marks, Sums, look_first
+from app.columns import Marks, Sums
 from app.headroom import Headroom
 from app.services import trading
 from app.services.trading import Account
@@ -40,18 +40,18 @@ def test_no_row_that_may_be_a_candidate_or_is_in_breach_is_far(
         slots = np.array([index])
         headroom.put(slots, new.rows(slots), before=old.rows(slots) if index < len(old) else None)
 
-    looked, expected = headroom.look(new.marks, len(new)), look_first(new, CONTRACTS)
-    assert looked is not None
-    for flags in ("is_open", "in_breach", "unvalued"):
-        assert getattr(looked, flags).tolist() == getattr(expected, flags).tolist()
+    found = headroom.near_rows(new.marks, len(new))
+    assert found is not None
+    near = set(found.tolist())
+    assert found.tolist() == sorted(near)
     for index, account in enumerate(accounts):
         valued = trading.account_margin(account, contracts=CONTRACTS, prices=prices)
-        assert looked.near[index] or not (trading.is_candidate(valued) or breaches[index])
+        assert index in near or not (trading.is_candidate(valued) or breaches[index])
         # Little else is near: what float64 may be off at the largest sizes there were.
         room = sum((_size(one, each[1]) for each in (before, after) for one in each[0]), start=Decimal(0))
         room += sum(_size(one, prices) for one in before[0])
         headroom_of_it = valued.equity - valued.maintenance_margin
-        assert not looked.near[index] or breaches[index] or headroom_of_it <= room * len(CONTRACTS) * Decimal(2) ** -46
+        assert index not in near or breaches[index] or headroom_of_it <= room * len(CONTRACTS) * Decimal(2) ** -46
 
     sums = Sums()
     sums.add(new)
@@ -69,10 +69,10 @@ def _size(account: Account, prices: dict[str, Decimal]) -> Decimal:
 def test_an_account_without_a_position_is_far_from_its_line_whatever_it_owes() -> None:
     headroom = Headroom(CONTRACTS, 2)
     headroom.put(slice(0, 1), chunk_of([FLAT], {}, contracts=CONTRACTS))
-    looked = headroom.look(MARK_OF_ALL, 2)
-    assert looked is not None
-    assert looked.near.tolist() == [False, False]
+    near = headroom.near_rows(MARK_OF_ALL, 2)
+    assert near is not None
+    assert near.tolist() == []
 
 
 def test_nothing_is_said_where_a_symbol_has_no_mark() -> None:
-    assert Headroom(CONTRACTS, 1).look(Marks({BTC: Decimal(1)}, {BTC: 0}, version=1, by_hand=()), 1) is None
+    assert Headroom(CONTRACTS, 1).near_rows(Marks({BTC: Decimal(1)}, {BTC: 0}, version=1, by_hand=()), 1) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from decimal import Decimal
 
 import numpy as np
@@ -88,6 +89,23 @@ def test_sums_of_the_largest_values_are_exact(value: int) -> None:
 
 def test_sums_add_up_over_chunks() -> None:
     assert sums_of(chunk_of(CAST[:2], {}), chunk_of(CAST[2:], {}), chunk_of([], {})) == sums_of(chunk_of(CAST, {}))
+
+
+def test_the_sums_count_who_is_in_breach_and_who_owes_without_a_position() -> None:
+    in_breach = chunk_of([*CAST, FRANK_FLAT_OWING_5], DAVES_PRICES, breaches=[0, 7, 0, 0, 0, 8])
+    sums = sums_of(in_breach)
+    assert (sums.in_breach, sums.negative_equity) == (2, 1)
+    sums.add(in_breach, times=-1)
+    assert sums == sums_of(in_breach.rows(slice(0, 0)))
+
+
+def test_the_pieces_of_a_chunk_know_their_slots() -> None:
+    chunk = replace(chunk_of(CAST, DAVES_PRICES), first_slot=100)
+    pieces = list(chunk.pieces(2))
+    assert [(piece.first_slot, len(piece)) for piece in pieces] == [(100, 2), (102, 2), (104, 1)]
+    assert pieces[1].account(0, "dave") == DAVE_LONG_1_BTC_SHORT_10_ETH
+    assert [piece.indices_of([99, 103, 100, 105]).tolist() for piece in pieces] == [[0], [1], []]
+    assert [len(piece) for piece in chunk_of([], DAVES_PRICES).pieces(2)] == [0]
 
 
 def test_the_totals_of_the_cast_worked_by_hand() -> None:

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import app.metrics
 import watchdog.metrics
-from app.columns import INT64, Chunk, Marks, Totals, screen
+from app.columns import INT64, Chunk, Marks, Totals
 from app.contracts import BTC_PERP
 from app.numbers import UNITS_PER_ONE
 from tests.metrics_document import DOCUMENT, exported, replaced
@@ -153,7 +153,6 @@ def test_the_bands_count_the_accounts_with_a_position_by_margin_ratio() -> None:
     # Each but the last two is long 1 BTC from 50,000, at 50,000: the maintenance margin is 5,000, equity the balance.
     balances = [40_000, 20_000, 19_999, 5_000, 4_999, -1, 40_000, 1_000]
     quantities = [1, 1, 1, 1, 1, 1, 1, 0]  # the seventh is in quarantine, the eighth is flat
-    contracts = {BTC: BTC_PERP}
 
     def column(values: list[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         return np.array([value * UNITS_PER_ONE for value in values], dtype=INT64)
@@ -174,10 +173,10 @@ def test_the_bands_count_the_accounts_with_a_position_by_margin_ratio() -> None:
         open_breaches=0,
         overdue=0,
         totals=Totals(Decimal(0), Decimal(0), Decimal(0), Decimal(0), Decimal(0)),
-        chunks=[(chunk, screen(chunk, contracts, restore_at="initial"))],
+        chunks=[chunk],
         quarantined={6: "quinn"},
     )
-    watchdog.metrics.show_bands(swept)
+    watchdog.metrics.show_bands(swept, {BTC: BTC_PERP})
     shown = {band: value_of("plimsoll_margin_ratio_accounts", band=band) for band in (*BANDS, "above_1")}
     # 0.125 and 0.25; 0.25001; none; 1; 1.0002 and the negative one
     assert shown == {"0-0.25": 2, "0.25-0.5": 1, "0.5-0.75": 0, "0.75-1": 1, "above_1": 2}

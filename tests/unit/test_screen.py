@@ -10,7 +10,7 @@ from decimal import Decimal
 import numpy as np
 import pytest
 
-from app.columns import screen
+from app.columns import screen, value_rows
 from app.services import margin, trading
 from app.services.trading import Account
 from tests.unit.cast import (
@@ -101,7 +101,7 @@ def test_accounts_away_from_their_lines_need_no_second_look() -> None:
     screened = screen(chunk, CONTRACTS, restore_at="initial")
     assert screened.surely_candidate.tolist() == [True, False, False, False]
     assert screened.may_be_candidate.tolist() == [True, False, False, False]
-    assert screened.is_open.tolist() == [True, True, False, False]
+    assert screened.chunk.is_open().tolist() == [True, True, False, False]
 
 
 def test_only_accounts_in_breach_may_be_restored() -> None:
@@ -121,15 +121,15 @@ def test_nothing_is_judged_on_a_missing_mark() -> None:
     accounts = [DAVE_LONG_1_BTC_SHORT_10_ETH, ALICE_LONG_1_BTC, ERIN_FLAT]
     chunk = chunk_of(accounts, {BTC: Decimal(10_000)}, breaches=[IN_BREACH] * 3)
     screened = screen(chunk, CONTRACTS, restore_at="initial")
-    assert screened.unvalued.tolist() == [True, False, False]
-    assert screened.is_open.tolist() == [True, True, False]
+    assert screened.chunk.is_unvalued().tolist() == [True, False, False]
+    assert screened.chunk.is_open().tolist() == [True, True, False]
     assert screened.may_be_candidate.tolist() == [False, True, False]
     assert screened.surely_candidate.tolist() == [False, True, False]
     assert screened.may_be_restored.tolist() == [False, False, True]
 
 
 def test_the_columns_of_two_symbols_are_valued_each_at_its_own_rates() -> None:
-    valued = screen(chunk_of([DAVE_LONG_1_BTC_SHORT_10_ETH], DAVES_PRICES), CONTRACTS, restore_at="initial").valued
+    valued, _ = value_rows(chunk_of([DAVE_LONG_1_BTC_SHORT_10_ETH], DAVES_PRICES), CONTRACTS)
     assert valued.equity.tolist() == [14_000.0]
     assert valued.used_margin.tolist() == [15_600.0]
     assert valued.maintenance_margin.tolist() == [7_800.0]
