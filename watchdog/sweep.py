@@ -27,6 +27,7 @@ from app.columns import Chunk, Marks, ScreenedChunk, Sums, Totals, near_rows, qu
 from app.headroom import Headroom
 from app.history import FencedError
 from app.outbox import POSTGRES_ERRORS
+from app.services.exact_rows import tell_exactly
 from app.services.reports import ACCOUNT_STATES
 from watchdog import metrics
 from watchdog.breaches import BreachBook, Settled
@@ -234,7 +235,7 @@ class Sweeper:
 
     def _look_again(self, piece: Chunk, near: NDArray[np.intp]) -> ScreenedChunk:
         contracts, restore_at = self._booking.contracts, self._settings.restore_at
-        return screen(piece, contracts, restore_at=restore_at, near=near)
+        return tell_exactly(screen(piece, contracts, restore_at=restore_at, near=near), contracts)
 
     async def _record(self, settled: Settled, marks: Marks) -> None:
         """Wait until the rows that some verdicts made are in Postgres, or it is known to be away."""

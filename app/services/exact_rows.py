@@ -16,7 +16,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from app.columns import Chunk, value_rows
+from app.columns import Chunk, ScreenedChunk, value_rows
 from app.contracts import Contract
 from app.numbers import DECIMAL_PLACES, UNITS_PER_ONE, to_units
 from app.services import margin
@@ -137,6 +137,19 @@ def exact_margins(chunk: Chunk, contracts: Mapping[str, Contract]) -> ExactMargi
         maintenance_margin=exposure.maintenance_margin,
         places=places + rate_places,
     )
+
+
+def tell_exactly(screened: ScreenedChunk, contracts: Mapping[str, Contract]) -> ScreenedChunk:
+    """Tell which rows are candidates where float64 does not; a row that does not fit stays as it is.
+
+    A row exactly at its line is such a row at every look, and nothing becomes of it: nobody need be asked who it is.
+    """
+    rows = np.flatnonzero(screened.may_be_candidate & ~screened.surely_candidate)
+    rows = rows[fitting_rows(screened.chunk.rows(rows), contracts)]
+    may_be_candidate, surely_candidate = screened.may_be_candidate.copy(), screened.surely_candidate.copy()
+    candidate = exact_margins(screened.chunk.rows(rows), contracts).candidate
+    may_be_candidate[rows] = surely_candidate[rows] = candidate
+    return replace(screened, may_be_candidate=may_be_candidate, surely_candidate=surely_candidate)
 
 
 def _places(contracts: Mapping[str, Contract], prices: Mapping[str, Decimal]) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from app.columns import ScreenedChunk, screen
 from app.numbers import from_units
 from app.services import trading
+from app.services.exact_rows import fitting_rows, tell_exactly
 from app.services.trading import Account, Position
 from tests.property.repeatable import repeatable
 from tests.property.worlds import AMOUNT_LIMIT_UNITS, CONTRACTS, World, marks, positions, reference, units
@@ -128,9 +129,14 @@ def test_the_screen_misses_nobody_of_any_size(
     screened: ScreenedChunk = screen(
         chunk_of(accounts, prices, breaches=[1] * len(accounts), contracts=CONTRACTS), CONTRACTS, restore_at=restore_at
     )
+    told = tell_exactly(screened, CONTRACTS)
+    fits = fitting_rows(screened.chunk, CONTRACTS)
     for index, account in enumerate(accounts):
         valued = trading.account_margin(account, contracts=CONTRACTS, prices=prices)
         candidate = trading.is_candidate(valued)
+        assert told.may_be_candidate[index] or not candidate
+        assert candidate or not told.surely_candidate[index]
+        assert not fits[index] or told.may_be_candidate[index] == candidate == told.surely_candidate[index]
         assert screened.may_be_candidate[index] or not candidate
         assert candidate or not screened.surely_candidate[index]
         assert screened.may_be_restored[index] or not trading.is_restored(valued, restore_at=restore_at)

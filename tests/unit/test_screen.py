@@ -12,6 +12,7 @@ import pytest
 
 from app.columns import screen, value_rows
 from app.services import margin, trading
+from app.services.exact_rows import tell_exactly
 from app.services.trading import Account
 from tests.unit.cast import (
     ALICE_LONG_1_BTC,
@@ -73,6 +74,22 @@ def test_a_candidate_is_decided_where_float_is_wrong(account: Account, mark: str
     screened = screen(chunk_of([account], {BTC: Decimal(mark)}), CONTRACTS, restore_at="initial")
     assert screened.may_be_candidate[0]
     assert not screened.surely_candidate[0]
+
+
+def test_integers_tell_of_a_row_at_its_line_and_leave_one_that_does_not_fit_to_decimal() -> None:
+    accounts = [
+        # 46,169 - 50,000 = -3,831; + 8,447.9 = 4,616.9 = 0.1 x 46,169: at the line; then a unit above, and one below
+        holding_btc("at", balance="8447.9"),
+        holding_btc("above", balance="8447.90000001"),
+        holding_btc("below", balance="8447.89999999"),
+        # a hundred thousand times as much: beyond an int64
+        holding_btc("large", balance="844790000", quantity="100000", cost="5000000000"),
+    ]
+    screened = screen(chunk_of(accounts, {BTC: Decimal(46_169)}), CONTRACTS, restore_at="initial")
+    assert (screened.may_be_candidate[0], screened.surely_candidate[0]) == (True, False)
+    told = tell_exactly(screened, CONTRACTS)
+    assert told.may_be_candidate.tolist() == [False, False, True, True]
+    assert told.surely_candidate.tolist() == [False, False, True, False]
 
 
 @pytest.mark.parametrize(
