@@ -171,12 +171,15 @@ class Commits:
             if not parts:
                 return
             _, *outcomes = await self._store.run(keys.COMMIT, called_keys, arguments)
-            made = [(part, self._entries(part, outcome)) for part, outcome in zip(parts, outcomes, strict=True)]
-            rows = [entry for _, entries in made for entry in entries]
-            recorded = dict(zip(rows, await self._outbox.record_each(rows), strict=True))
+            made = [
+                (part, entries)
+                for part, outcome in zip(parts, outcomes, strict=True)
+                if (entries := self._entries(part, outcome))
+            ]
+            # One answer for all of a call: where Postgres cannot take one of its rows, Redis vouches for the others too.
+            recorded = bool(made) and await self._outbox.record([entry for _, entries in made for entry in entries])
             for part, entries in made:
-                if entries:
-                    part.asked.settle(Committed(part.change, entries, all(recorded[entry] for entry in entries)))
+                part.asked.settle(Committed(part.change, entries, recorded))
         except errors.Unavailable as error:
             for each in asked:
                 each.fail(error.another())
