@@ -176,7 +176,7 @@ class Commits:
                 for part, outcome in zip(parts, outcomes, strict=True)
                 if (entries := self._entries(part, outcome))
             ]
-            # One answer for all of a call: where Postgres cannot take one of its rows, Redis vouches for the others too.
+            # One answer for all of a call: where Postgres cannot take one of its rows, Redis vouches for the others.
             recorded = bool(made) and await self._outbox.record([entry for _, entries in made for entry in entries])
             for part, entries in made:
                 part.asked.settle(Committed(part.change, entries, recorded))
