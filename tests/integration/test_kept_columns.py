@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -141,6 +141,18 @@ async def test_the_rows_come_with_the_marks_of_the_same_moment(desk: Desk) -> No
     (first, *_) = [chunk async for chunk, _ in desk.kept.chunks()]
     assert (first.marks.prices, first.marks.version) == ({BTC: Decimal(50002)}, in_full.marks.version + 1)
     assert not first.marks.by_hand
+
+
+@pytest.mark.parametrize("prices", [("33000",), ("33000", "50000")], ids=["opened", "opened and ended"])
+async def test_breaches_are_read_by_the_next_sweep(desk: Desk, prices: Sequence[str]) -> None:
+    sweeper = Sweeper(desk.booking, Refresher(desk.booking))
+    for price in prices:
+        before, _ = await desk.read_kept(desk.kept)
+        await desk.mark(price)
+        await sweeper._sweep()
+        packed, chunks_read = await desk.read_kept(desk.kept)
+        assert (packed, chunks_read) == (await desk.read_in_full(), 0)
+        assert packed[keys.COLUMN_BREACH] != before[keys.COLUMN_BREACH]
 
 
 NOTE: Final = """

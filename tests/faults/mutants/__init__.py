@@ -196,7 +196,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "kept",
-        "any_changes",
+        "breaches_are_read",
         "app/scripts/breach.lua",
         "  note_changes(KEYS[9], noted, table.concat(changed))",
         "",
