@@ -93,14 +93,14 @@ class Batcher:
         *,
         replicated: bool = False,
     ) -> Any:  # noqa: ANN401  # whatever the script answers
-        """The answer of the script ``text``, which Redis knows as ``sha`` once it was loaded. Raises as ``execute``."""
-        call = ("EVALSHA", sha, len(keys), *keys, *arguments)
+        """The answer of the script ``text``, which Redis knows as ``sha`` once it has run. Raises as ``execute``."""
+        call = (len(keys), *keys, *arguments)
         try:
-            return await self.execute(*call, replicated=replicated)
+            return await self.execute("EVALSHA", sha, *call, replicated=replicated)
         except NoScriptError:
-            # Redis answers this before it runs anything, so sending the call again cannot apply it twice.
-            await self.execute("SCRIPT", "LOAD", text)
-            return await self.execute(*call, replicated=replicated)
+            # Redis answers this before it runs anything, so sending the call again cannot apply it twice. It goes with
+            # the text: what was only loaded may be flushed before it is called.
+            return await self.execute("EVAL", text, *call, replicated=replicated)
 
     async def close(self) -> None:
         """Send what was deferred, and wait for the pipelines in flight."""

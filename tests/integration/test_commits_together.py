@@ -248,6 +248,18 @@ async def test_when_redis_refuses_the_call_each_is_told_by_its_own_id(desk: Desk
     assert await desk.differences() == []
 
 
+async def test_scripts_that_are_flushed_all_the_time_keep_nobody_from_trading(desk: Desk) -> None:
+    async def flush() -> None:
+        while True:
+            await desk.redis.script_flush()
+
+    flushing = asyncio.create_task(flush())
+    for _ in range(50):
+        booked(await desk.together(*(desk.trade(name, "buy", "0.001") for name in NAMES)))
+    flushing.cancel()
+    assert await desk.differences() == []
+
+
 async def test_trades_in_several_symbols_share_a_call(
     stores: Stores, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
