@@ -98,6 +98,8 @@ class _Part:
 
     asked: _Asked
     change: Change
+    keys: tuple[str, ...]
+    arguments: list[str | bytes | int]
     touched: list[_Touched]
     balance_text: bytes
     body: bytes
@@ -166,15 +168,12 @@ class Commits:
     async def _make_call(self, asked: list[_Asked]) -> None:
         """Decide some changes, commit them in one call, have their rows recorded, and answer each."""
         try:
-            called_keys, arguments = self._shared_keys.copy(), self._shared_arguments.copy()
-            parts = [part for each in asked if (part := self._decide(each, called_keys, arguments)) is not None]
-            if not parts:
-                return
-            _, *outcomes = await self._store.run(keys.COMMIT, called_keys, arguments)
+            parts = [part for each in asked if (part := self._decided(each)) is not None]
+            outcomes = await self._commit(parts) if parts else []
             made = [
                 (part, entries)
                 for part, outcome in zip(parts, outcomes, strict=True)
-                if (entries := self._entries(part, outcome))
+                if (entries := self._settled(part, outcome))
             ]
             # One answer for all of a call: where Postgres cannot take one of its rows, Redis vouches for the others.
             recorded = bool(made) and await self._outbox.record([entry for _, entries in made for entry in entries])
@@ -184,33 +183,45 @@ class Commits:
             for each in asked:
                 each.fail(error.another())
         except BaseException as error:
-            # Our mistake, or the end of the loop: whoever waits must hear of it all the same.
+            # The end of the loop, say: whoever waits must hear of it all the same.
             for each in asked:
                 each.fail(error)
             raise
 
-    def _decide(self, asked: _Asked, called_keys: list[str], arguments: list[str | bytes | int]) -> _Part | None:
-        """Decide a change and add it to what the script is called with; None where it is refused, which is answered."""
-        basis = asked.basis
+    async def _commit(self, parts: list[_Part]) -> list[list[Any]]:
+        """What the script answers to each part."""
+        called_keys, arguments = self._shared_keys.copy(), self._shared_arguments.copy()
+        for part in parts:
+            called_keys += part.keys
+            arguments += part.arguments
+        return (await self._store.run(keys.COMMIT, called_keys, arguments))[1:]
+
+    def _decided(self, asked: _Asked) -> _Part | None:
+        """The part of the call that a change is; whoever asked for one that cannot be decided is told, and nobody else."""
         try:
-            change = asked.decide(basis.account, basis.market)
-        except errors.PlimsollError as error:
+            return self._decide(asked)
+        except Exception as error:  # noqa: BLE001 - it is raised where it was asked for
             asked.fail(error)
             return None
+
+    def _settled(self, part: _Part, outcome: list[Any]) -> list[HistoryEntry]:
+        """The rows of history that a part made; whoever waits for one that made none is told, and nobody else."""
+        try:
+            return self._entries(part, outcome)
+        except Exception as error:  # noqa: BLE001 - it is raised where it was asked for
+            part.asked.fail(error)
+            return []
+
+    def _decide(self, asked: _Asked) -> _Part:
+        basis = asked.basis
+        change = asked.decide(basis.account, basis.market)
         after = change.after
         account_id = after.account_id
-        part = _Part(
-            asked=asked,
-            change=change,
-            touched=self._touched(basis, change),
-            balance_text=format_decimal(after.balance).encode(),
-            body=orjson.dumps({"mark_version": basis.market.mark_version, **change.row}),
-            recovery=self._recovery(basis, change),
-        )
-        called_keys.append(asked.operation or keys.operation_key("none", account_id, ""))
-        called_keys += keys.account_keys(account_id)
-        first = len(arguments)
-        arguments += (
+        touched = self._touched(basis, change)
+        balance_text = format_decimal(after.balance).encode()
+        body = orjson.dumps({"mark_version": basis.market.mark_version, **change.row})
+        recovery = self._recovery(basis, change)
+        arguments: list[str | bytes | int] = [
             0,
             account_id,
             change.kind,
@@ -220,16 +231,16 @@ class Commits:
             basis.balance_text,
             basis.seq_text,
             basis.breach_text,
-            part.balance_text,
+            balance_text,
             pack(after.balance),
             change.row.get("equity_after") or "",
             change.row.get("used_margin_after") or "",
-            part.body,
-            part.recovery,
+            body,
+            recovery,
             basis.epoch,
-            len(part.touched),
-        )
-        for number, encoded, position in part.touched:
+            len(touched),
+        ]
+        for number, encoded, position in touched:
             arguments += (number, encoded, pack_position(position))
         arguments.append(len(basis.fields) // 2)
         arguments += basis.fields
@@ -238,11 +249,13 @@ class Commits:
             for symbol, mark_text in basis.mark_texts.items():
                 valued = symbol in after.positions or symbol in basis.account.positions
                 arguments.append(mark_text if valued else b"")
-        arguments[first] = len(arguments) - first
-        return part
+        arguments[0] = len(arguments)
+        operation_key = asked.operation or keys.operation_key("none", account_id, "")
+        called_keys = (operation_key, *keys.account_keys(account_id))
+        return _Part(asked, change, called_keys, arguments, touched, balance_text, body, recovery)
 
     def _entries(self, part: _Part, outcome: list[Any]) -> list[HistoryEntry]:
-        """The rows of history that a commit made; where there was none, that is answered.
+        """The rows of history that a part made; none for one that did not pass, which is answered or raised.
 
         The account as the commit left it is remembered, unless it is in a breach.
         """
@@ -255,11 +268,7 @@ class Commits:
         if outcome[0] == "duplicate":
             part.asked.settle(bytes(outcome[1]))
             return []
-        try:
-            keys.raise_refusal(outcome)
-        except errors.Unavailable as error:
-            part.asked.fail(error)
-            return []
+        keys.raise_refusal(outcome)
         _, history_id, seq, time_us, recovery_id, epoch = outcome
         entry = HistoryEntry(int(history_id), part.change.kind, account_id, seq, int(epoch), int(time_us), part.body)
         if recovery_id:

@@ -39,8 +39,10 @@ if not id then damaged = {'wrong_type', KEYS[3]} end
 local faults_of_symbols = {}
 local function fault_of_symbol(i)
   if faults_of_symbols[i] == nil then
+    local open
     local fault = short_of(KEYS[5], {KEYS[10 + 4 * i], KEYS[11 + 4 * i]})
-    if not fault and not integer_of((string.gsub(read('GET', KEYS[first_open + i]) or '0', '^%-', ''))) then
+    if not fault then open, fault = read('GET', KEYS[first_open + i]) end
+    if not fault and not integer_of((string.gsub(open or '0', '^%-', ''))) then
       fault = {'wrong_type', KEYS[first_open + i]}
     end
     faults_of_symbols[i] = fault or false
@@ -48,8 +50,8 @@ local function fault_of_symbol(i)
   return faults_of_symbols[i]
 end
 
--- What comes of each change, what has to be written of those that pass, and the accounts of these.
-local outcomes, accepted, seen = {}, {}, {}
+-- What comes of each change, what has to be written of those that pass, the accounts of these, and their rows of history.
+local outcomes, accepted, seen, rows = {}, {}, {}, 0
 
 -- Why the change whose keys begin at key and whose arguments at first cannot be committed, or nil, the account's ledger,
 -- its slot and its seq.
@@ -63,7 +65,7 @@ local function check(key, first)
     if known then return {'duplicate', known} end
   end
   if refused then return refused end
-  if waiting + #accepted >= tonumber(ARGV[first + 4]) then return {'outbox_full'} end
+  if waiting + rows >= tonumber(ARGV[first + 4]) then return {'outbox_full'} end
 
   local balance, held, ledger
   ledger, bad = read('HMGET', KEYS[key + 3], 'slot', 'seq', 'breach', unpack(names))
@@ -107,7 +109,12 @@ local function check(key, first)
     local fault = fault_of_symbol(tonumber(ARGV[i]))
     if fault then return fault end
   end
-  if ARGV[first + 14] ~= '' and not integer_of(read('GET', KEYS[8]) or '0') then return {'wrong_type', KEYS[8]} end
+  if ARGV[first + 14] ~= '' then
+    local recoveries
+    recoveries, bad = read('GET', KEYS[8])
+    if bad then return bad end
+    if not integer_of(recoveries or '0') then return {'wrong_type', KEYS[8]} end
+  end
   return nil, ledger, slot, seq
 end
 
@@ -128,6 +135,7 @@ for key = first_open + #symbols + 1, #KEYS, 6 do
   if not bad then
     accepted[#accepted + 1] = {#outcomes, key, first, ledger, slot, seq}
     seen[KEYS[key + 1]] = true
+    rows = rows + (ARGV[first + 14] == '' and 1 or 2)
   end
   first = first + tonumber(ARGV[first])
 end
@@ -135,6 +143,7 @@ if #accepted == 0 then return {'ok', unpack(outcomes)} end
 
 -- Everything is checked; from here on only writes. The first may still be refused for want of memory, the others not.
 -- The keys of equity and used_margin are only ever SET, which takes a key of any type.
+redis.call('SET', KEYS[3], string.format('%d', id + rows))
 local time, changed, opened = now_us(), {}, {}
 for _, change in ipairs(accepted) do
   local at, key, first, ledger, slot, seq = change[1], change[2], change[3], change[4], change[5], change[6]
@@ -191,7 +200,6 @@ for _, change in ipairs(accepted) do
   changed[#changed + 1] = struct.pack('<i8', slot)
   outcomes[at] = {'ok', text, seq, time, recovery, epoch}
 end
-redis.call('SET', KEYS[3], string.format('%d', id))
 for number, count in pairs(opened) do
   if count ~= 0 then redis.call('INCRBY', KEYS[first_open + number], count) end
 end

@@ -21,6 +21,7 @@ from app.contracts import BTC_PERP, Contract
 from app.embedded import Stores
 from app.outbox import Outbox
 from app.redis_client import Script, StateStore
+from app.services import trading
 from app.services.trading import Side, TradeOrder, TransferOrder
 from app.verify import verify
 
@@ -201,11 +202,59 @@ async def test_a_ledger_that_names_the_slot_of_another_is_refused_and_the_other_
     assert booked([bob])[0]["position"]["quantity"] == "0.2"
 
 
+async def test_a_guess_on_an_account_that_cannot_be_read_any_more_keeps_no_other_from_being_booked(desk: Desk) -> None:
+    await desk.redis.hset(keys.ledger_key("alice"), "seq", "abc")
+    alice, *others = await desk.together(*(desk.trade(name, "buy") for name in NAMES))
+    assert isinstance(alice, errors.AccountQuarantined)
+    assert {answer["position"]["quantity"] for answer in booked(others)} == {"0.2"}
+
+
+async def test_a_decision_that_breaks_breaks_no_other(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    decide = trading.decide_trade
+
+    def broken_for_alice(account: trading.Account, order: TradeOrder, market: trading.Market) -> trading.TradeDecision:
+        return decide(account, order, market) if account.account_id != "alice" else 1 / 0  # type: ignore[return-value]
+
+    monkeypatch.setattr(trading, "decide_trade", broken_for_alice)
+    alice, *others = await desk.together(*(desk.trade(name, "buy") for name in NAMES))
+    assert isinstance(alice, ZeroDivisionError)
+    assert len(booked(others)) == len(NAMES) - 1
+
+
 async def test_a_damaged_counter_of_open_positions_stops_trades_and_no_deposit(desk: Desk) -> None:
     await desk.redis.set(keys.open_positions_key(BTC), "many")
     alice, bob = await desk.together(desk.trade("alice", "buy"), desk.deposit("bob", "1"))
     assert isinstance(alice, errors.StateDamaged)
     assert booked([bob])[0]["balance"] == "100001"
+
+
+async def test_counters_of_the_wrong_type_are_found_before_anything_is_written(desk: Desk) -> None:
+    await desk.redis.hset(keys.ledger_key("bob"), mapping={"breach": "7", "breach_at": "1", "breach_version": "1"})
+    before = await desk.redis.get(keys.HISTORY_LAST_ID)
+    for key in (keys.open_positions_key(BTC), keys.RECOVERIES):
+        await desk.redis.delete(key)
+        await desk.redis.sadd(key, "not a number")
+    alice, bob = await desk.together(desk.trade("alice", "sell"), desk.deposit("bob", "1"))
+    assert isinstance(alice, errors.StateDamaged)
+    assert isinstance(bob, errors.StateDamaged)
+    assert await desk.redis.get(keys.HISTORY_LAST_ID) == before
+    assert await desk.redis.get(keys.balance_key("bob")) == b"100000"
+
+
+async def test_the_end_of_a_breach_takes_its_place_in_the_outbox_too(
+    stores: Stores, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = settings.model_copy(update={"outbox_hard_limit": 6})
+    async with desk_on(stores, small, monkeypatch, outbox_runs=False) as desk:
+        booked(await desk.together(*(desk.deposit(name) for name in NAMES)))
+        for name in NAMES:
+            await desk.redis.hset(
+                keys.ledger_key(name), mapping={"breach": "7", "breach_at": "1", "breach_version": "1"}
+            )
+        first, *others = await desk.together(*(desk.deposit(name, "1") for name in NAMES))
+        booked([first])
+        assert all(isinstance(other, errors.OutboxFull) for other in others)
+        assert await desk.redis.xlen(keys.OUTBOX) == len(NAMES) + 2
 
 
 async def test_a_breach_that_ends_among_others_has_its_own_row(desk: Desk) -> None:

@@ -117,6 +117,12 @@ def test_nothing_is_refused_any_more_once_a_script_has_begun_to_write(name: str)
         assert read not in source[first_write:]
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_counter_that_cannot_be_read_is_not_taken_for_none(name: str) -> None:
+    """``read`` answers nil and a refusal then; who takes the nil alone would write, and fail in the middle."""
+    assert not re.search(r"\bread\([^()]*\) or '0'", SCRIPTS[name])
+
+
 NUMBERS_THAT_ARE_NO_MONEY = {
     "breach": {"2", "numbers + i"},  # mark version, number of positions
     "changed_rows": {"2", "3", "4"},  # change known, number of changes, number of symbols
