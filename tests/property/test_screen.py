@@ -146,7 +146,7 @@ def test_the_screen_misses_nobody_of_any_size(
                 (abs(held.quantity) * prices[symbol] + abs(held.cost) for symbol, held in account.positions.items()),
                 start=Decimal(0),
             )
-            assert valued.equity - valued.maintenance_margin <= room * Decimal(2) ** -47
+            assert valued.equity - valued.maintenance_margin <= room * len(CONTRACTS) * Decimal(2) ** -47
 
 
 @repeatable
