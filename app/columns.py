@@ -137,10 +137,12 @@ class Chunk:
 class ScreenedChunk:
     """What float64 says of a chunk. Verdicts are not made here: a flag says that Decimal has to look.
 
-    ``may_be_candidate`` and ``may_be_restored`` miss no account; ``surely_candidate`` holds no account that is none.
+    ``may_be_candidate`` and ``may_be_restored`` miss no account; ``surely_candidate`` holds no account that is none. No
+    row has a flag that is not ``near``.
     """
 
     chunk: Chunk
+    near: NDArray[np.intp]
     in_breach: Flags
     surely_candidate: Flags
     may_be_candidate: Flags
@@ -242,12 +244,12 @@ def screen(
     The first look is that of ``near_rows``; somebody who keeps the rows may have had it already (:mod:`app.headroom`).
     The second, at the rows found ``near``, leaves each its own room.
     """
-    rows = near_rows(chunk, contracts) if near is None else near
+    near = near_rows(chunk, contracts) if near is None else near
     in_breach, may_be_candidate, surely_candidate, may_be_restored = (
         np.zeros(len(chunk), dtype=np.bool_) for _ in range(4)
     )
-    in_breach[rows] = chunk.breach[rows] != 0
-    rows = rows[~chunk.rows(rows).is_unvalued()]
+    in_breach[near] = chunk.breach[near] != 0
+    rows = near[~chunk.rows(near).is_unvalued()]
     valued, magnitude = value_rows(chunk.rows(rows), contracts)
     room, exposure = room_for(magnitude, contracts), valued.exposure
     may_be_candidate[rows] = _may_be_candidate(valued, room)
@@ -261,6 +263,7 @@ def screen(
     )
     return ScreenedChunk(
         chunk,
+        near,
         in_breach=in_breach,
         surely_candidate=surely_candidate,
         may_be_candidate=may_be_candidate,

@@ -197,7 +197,7 @@ class Commits:
         return (await self._store.run(keys.COMMIT, called_keys, arguments))[1:]
 
     def _decided(self, asked: _Asked) -> _Part | None:
-        """The part of the call that a change is; whoever asked for one that cannot be decided is told, and nobody else."""
+        """The part of the call that a change is; whoever asked for one that cannot be decided is told, nobody else."""
         try:
             return self._decide(asked)
         except Exception as error:  # noqa: BLE001 - it is raised where it was asked for

@@ -235,7 +235,9 @@ class Sweeper:
 
     def _look_again(self, piece: Chunk, near: NDArray[np.intp]) -> ScreenedChunk:
         contracts, restore_at = self._booking.contracts, self._settings.restore_at
-        return tell_exactly(screen(piece, contracts, restore_at=restore_at, near=near), contracts)
+        screened = screen(piece, contracts, restore_at=restore_at, near=near)
+        tell_exactly(screened, contracts)
+        return screened
 
     async def _record(self, settled: Settled, marks: Marks) -> None:
         """Wait until the rows that some verdicts made are in Postgres, or it is known to be away."""

@@ -139,17 +139,16 @@ def exact_margins(chunk: Chunk, contracts: Mapping[str, Contract]) -> ExactMargi
     )
 
 
-def tell_exactly(screened: ScreenedChunk, contracts: Mapping[str, Contract]) -> ScreenedChunk:
-    """Tell which rows are candidates where float64 does not; a row that does not fit stays as it is.
+def tell_exactly(screened: ScreenedChunk, contracts: Mapping[str, Contract]) -> None:
+    """Set the flags of candidates right where float64 leaves a doubt; those of a row that does not fit stay.
 
     A row exactly at its line is such a row at every look, and nothing becomes of it: nobody need be asked who it is.
     """
-    rows = np.flatnonzero(screened.may_be_candidate & ~screened.surely_candidate)
+    rows = screened.near
+    rows = rows[screened.may_be_candidate[rows] & ~screened.surely_candidate[rows]]
     rows = rows[fitting_rows(screened.chunk.rows(rows), contracts)]
-    may_be_candidate, surely_candidate = screened.may_be_candidate.copy(), screened.surely_candidate.copy()
     candidate = exact_margins(screened.chunk.rows(rows), contracts).candidate
-    may_be_candidate[rows] = surely_candidate[rows] = candidate
-    return replace(screened, may_be_candidate=may_be_candidate, surely_candidate=surely_candidate)
+    screened.may_be_candidate[rows] = screened.surely_candidate[rows] = candidate
 
 
 def _places(contracts: Mapping[str, Contract], prices: Mapping[str, Decimal]) -> tuple[int, int]:

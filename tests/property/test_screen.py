@@ -129,7 +129,8 @@ def test_the_screen_misses_nobody_of_any_size(
     screened: ScreenedChunk = screen(
         chunk_of(accounts, prices, breaches=[1] * len(accounts), contracts=CONTRACTS), CONTRACTS, restore_at=restore_at
     )
-    told = tell_exactly(screened, CONTRACTS)
+    told = screen(screened.chunk, CONTRACTS, restore_at=restore_at)
+    tell_exactly(told, CONTRACTS)
     fits = fitting_rows(screened.chunk, CONTRACTS)
     for index, account in enumerate(accounts):
         valued = trading.account_margin(account, contracts=CONTRACTS, prices=prices)

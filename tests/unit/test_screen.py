@@ -87,9 +87,9 @@ def test_integers_tell_of_a_row_at_its_line_and_leave_one_that_does_not_fit_to_d
     ]
     screened = screen(chunk_of(accounts, {BTC: Decimal(46_169)}), CONTRACTS, restore_at="initial")
     assert (screened.may_be_candidate[0], screened.surely_candidate[0]) == (True, False)
-    told = tell_exactly(screened, CONTRACTS)
-    assert told.may_be_candidate.tolist() == [False, False, True, True]
-    assert told.surely_candidate.tolist() == [False, False, True, False]
+    tell_exactly(screened, CONTRACTS)
+    assert screened.may_be_candidate.tolist() == [False, False, True, True]
+    assert screened.surely_candidate.tolist() == [False, False, True, False]
 
 
 @pytest.mark.parametrize(
