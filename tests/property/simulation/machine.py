@@ -52,7 +52,8 @@ class Simulation(Driver):
     @initialize()
     def begin(self) -> None:
         """A mark, and cash for everyone."""
-        self._mark(Decimal(60_000), None)
+        while not self.model.prices:  # a store that is slow may leave it unanswered
+            self._mark(Decimal(60_000), None)
         for account in ACCOUNTS:
             self._book(Operation(TransferOrder(account, "deposit", Decimal(10_000)), f"first-{account}"), None)
         self.at_rest = True
