@@ -260,7 +260,7 @@ class Commits:
         The account as the commit left it is remembered, unless it is in a breach.
         """
         account_id = part.change.after.account_id
-        outcome[0] = outcome[0].decode()
+        keys.checked(outcome)
         if outcome[0] == "conflict":
             truth = snapshot_from(account_id, self._symbols, outcome) if len(outcome) > 1 else None
             part.asked.settle(Moved(truth))
@@ -268,7 +268,6 @@ class Commits:
         if outcome[0] == "duplicate":
             part.asked.settle(bytes(outcome[1]))
             return []
-        keys.raise_refusal(outcome)
         _, history_id, seq, time_us, recovery_id, epoch = outcome
         entry = HistoryEntry(int(history_id), part.change.kind, account_id, seq, int(epoch), int(time_us), part.body)
         if recovery_id:

@@ -260,10 +260,7 @@ class StateStore:
             if script.writes and not any(name in str(error) for name in REFUSED_BEFORE_WRITING):
                 raise errors.OutcomeUnknown(f"Redis failed: {error}"[:200], reason="redis") from error
             raise errors.StoreUnavailable(f"Redis refuses: {error}"[:200], reason="redis") from error
-        answer[0] = answer[0].decode()
-        if answer[0] != "ok":
-            raise_refusal(answer)
-        return answer  # type: ignore[no-any-return]  # every script answers a list
+        return checked(answer)
 
     async def check_durability(self, *, allow_unsafe: bool) -> None:
         """Raise ``UnsafeRedis`` for a Redis that would forget or evict; say so when it syncs less than every write.
@@ -319,8 +316,19 @@ class StateStore:
         return int(mark_version), int(swept_version)
 
 
-def raise_refusal(answer: Sequence[Any]) -> None:
-    """Turn the refusals that any script may answer, of all it was asked or of a part, into the error each one means."""
+def checked(answer: list[Any]) -> list[Any]:
+    """What a script answered, to all it was asked or to a part: what happened, its first item, becomes text.
+
+    Raises the error that a refusal means.
+    """
+    answer[0] = answer[0].decode()
+    if answer[0] != "ok":
+        _raise_refusal(answer)
+    return answer
+
+
+def _raise_refusal(answer: Sequence[Any]) -> None:
+    """Turn the refusals that any script may answer into the error each one means."""
     match answer[0]:
         case "state_missing":
             raise errors.StateMissing(

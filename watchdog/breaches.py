@@ -107,11 +107,11 @@ class _Verdicts:
     """
 
     mark_version: int
-    accounts: list[str]
-    breaches: list[int]
-    balances: list[str | bytes]
-    fields: list[tuple[str | bytes, ...]]
-    bodies: list[bytes]
+    accounts: list[str] = field(default_factory=list)
+    breaches: list[int] = field(default_factory=list)
+    balances: list[str | bytes] = field(default_factory=list)
+    fields: list[tuple[str | bytes, ...]] = field(default_factory=list)
+    bodies: list[bytes] = field(default_factory=list)
 
     def add(self, account_id: str, judged: _Judged, body: bytes) -> None:
         """Append the verdict on an account by itself."""
@@ -258,7 +258,7 @@ class BreachBook:
                 body = self._body(judged)
                 if body is None:
                     return Settled(candidates=int(candidate), breaches_more=in_breach - was_in_breach)
-                verdict = _Verdicts(judged.mark_version, [], [], [], [], [])
+                verdict = _Verdicts(judged.mark_version)
                 verdict.add(name, judged, body)
                 (outcome,) = await self._record(verdict)
                 if outcome is not None:
