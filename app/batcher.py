@@ -10,6 +10,7 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 import hiredis
@@ -52,6 +53,7 @@ class Batcher:
         self._scheduled = False
         self._deferral: asyncio.TimerHandle | None = None
         self._pipelines: set[asyncio.Task[None]] = set()
+        self._kept: list[AbstractConnection] = []
         self.last_seconds = 0.0
         """How long the newest pipeline took, or was waited for."""
 
@@ -103,10 +105,12 @@ class Batcher:
             return await self.execute("EVAL", text, *call, replicated=replicated)
 
     async def close(self) -> None:
-        """Send what was deferred, and wait for the pipelines in flight."""
+        """Send what was deferred, wait for the pipelines in flight, and give the connections back."""
         self._flush()
         while self._pipelines:
             await asyncio.gather(*self._pipelines, return_exceptions=True)
+        while self._kept:
+            await self._pool.release(self._kept.pop())
 
     def _flush(self) -> None:
         self._scheduled = False
@@ -133,24 +137,16 @@ class Batcher:
             self.last_seconds = loop.time() - started
 
     async def _send_timed(self, batch: list[tuple[Command, asyncio.Future[Any]]]) -> None:
-        try:
-            async with asyncio.timeout(self._timeout_seconds):
-                connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]
-        except (RedisConnectionError, RedisTimeoutError, OSError, TimeoutError) as error:
-            _fail([answer for _, answer in batch], NotSentError(str(error)))
-            self._fail_waiting(str(error))
-            return
-        except BaseException as error:
-            _fail([answer for _, answer in batch], NotSentError(repr(error)))
-            raise
         unanswered = deque(answer for _, answer in batch)
         commands = [command for command, _ in batch]
         held: list[tuple[asyncio.Future[Any], Any]] = []
         if waits := not self._to_replicate.isdisjoint(unanswered):
             commands.append(self._wait)
+        connection: AbstractConnection | None = None
         try:
             # One time bounds the whole pipeline, so that no answer needs a timer of its own.
             async with asyncio.timeout(self._timeout_seconds):
+                connection = await self._take_connection()
                 # The stub of pack_command means a tuple of any length and says one of length 1.
                 packed = [hiredis.pack_command(command) for command in commands]  # type: ignore[arg-type]
                 await connection.send_packed_command(packed)
@@ -168,17 +164,40 @@ class Batcher:
                 if waits:
                     self._release(held, confirmed=await _replicas_in(connection))
         except (RedisConnectionError, RedisTimeoutError, OSError, TimeoutError) as error:
-            # The answers that are missing may still arrive on this connection: it must not serve anybody else.
-            await connection.disconnect(nowait=True)
-            _fail([*unanswered, *(answer for answer, _ in held)], RedisTimeoutError(str(error) or "no answer in time"))
+            missing = [*unanswered, *(answer for answer, _ in held)]
+            if connection is None:
+                _fail(missing, NotSentError(str(error)))
+            else:
+                # The answers that are missing may still arrive on this connection: it must not serve anybody else.
+                await connection.disconnect(nowait=True)
+                _fail(missing, RedisTimeoutError(str(error) or "no answer in time"))
             self._fail_waiting(str(error) or "Redis does not answer")
         except BaseException as error:
             # Our mistake, or the end of the loop: whoever waits must hear of it all the same.
-            await connection.disconnect(nowait=True)
-            _fail([*unanswered, *(answer for answer, _ in held)], RedisTimeoutError(f"the call failed: {error!r}"))
+            missing = [*unanswered, *(answer for answer, _ in held)]
+            if connection is None:
+                _fail(missing, NotSentError(repr(error)))
+            else:
+                await connection.disconnect(nowait=True)
+                _fail(missing, RedisTimeoutError(f"the call failed: {error!r}"))
             raise
         finally:
+            if connection is not None:
+                self._kept.append(connection)
+
+    async def _take_connection(self) -> AbstractConnection:
+        """A connection that nothing has been heard on: one that was used before, or else one of the pool.
+
+        The pool takes longer to hand one out than Redis does to answer on it; it mends those that have ended.
+        """
+        while self._kept:
+            connection = self._kept.pop()
+            with suppress(RedisConnectionError, OSError):
+                if await _is_ready(connection):
+                    return connection
             await self._pool.release(connection)
+        taken: AbstractConnection = await self._pool.get_connection()  # type: ignore[no-untyped-call]
+        return taken
 
     def _release(self, held: list[tuple[asyncio.Future[Any], Any]], *, confirmed: int) -> None:
         """Give the answers that waited for the replicas, if enough of those have ``confirmed``."""
@@ -195,6 +214,12 @@ class Batcher:
         waiting = [answer for _, answer in self._waiting]
         self._waiting.clear()
         _fail(waiting, NotSentError(reason))
+
+
+async def _is_ready(connection: AbstractConnection) -> bool:
+    """Whether ``connection`` stands, nothing has arrived on it, and its pool does not want it made anew."""
+    wanted = not connection.should_reconnect()  # type: ignore[no-untyped-call]
+    return wanted and connection.is_connected and not await connection.can_read()
 
 
 async def _replicas_in(connection: AbstractConnection) -> int:

@@ -301,7 +301,7 @@ class Commits:
         return recovery_body(
             change.after,
             change.margin,
-            prices={symbol: mark.price for symbol, mark in basis.market.marks.items()},
+            prices=basis.market.prices,
             mark_version=basis.market.mark_version,
             liquidation_id=int(basis.breach_text),
             cause=f"a {change.row.get('kind', change.kind)}",

@@ -1,14 +1,20 @@
-"""Routes that are served without FastAPI's general machinery, where they ask for nothing that needs it."""
+"""Routes that are served without FastAPI's general machinery, where they ask for nothing that needs it.
+
+``DirectRoute`` leaves out what FastAPI does within a route, ``DirectWay`` what it does on the way to one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from inspect import iscoroutinefunction
 from typing import Any, Final
 
-from fastapi import HTTPException, Response, params
+from fastapi import FastAPI, HTTPException, Response, params
 from fastapi.exceptions import RequestValidationError
+from starlette.middleware.errors import ServerErrorMiddleware
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.json_body import ExactJSONRequest, ExactJSONRoute
@@ -26,10 +32,11 @@ class DirectRoute(ExactJSONRoute):
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:  # noqa: ANN401 - FastAPI's
         super().__init__(path, endpoint, **options)
-        if self._is_direct():
+        self.is_direct = self._asks_for_nothing_else()
+        if self.is_direct:
             self.app = self._direct_app()
 
-    def _is_direct(self) -> bool:
+    def _asks_for_nothing_else(self) -> bool:
         """Whether the endpoint asks for its path, one body in JSON and the request at most, and answers a response."""
         asked, body = self.dependant, self.body_field
         others = (
@@ -82,3 +89,53 @@ class DirectRoute(ExactJSONRoute):
             await response(scope, receive, send)
 
         return answer
+
+
+class DirectWay:
+    """``application``, with a short way to its direct routes.
+
+    A request for one of them passes the application's own middleware and its table of errors, as any request does, and
+    is in its route then. FastAPI's telemetry, its stack of things to close, its router and its dispatcher are left out:
+    they would find nothing to do, and stay alive for as long as the request waits (ADR 032).
+    """
+
+    def __init__(self, application: FastAPI) -> None:
+        self.application = application
+        direct = [route for route in application.routes if isinstance(route, DirectRoute) and route.is_direct]
+        self._exact = {
+            (method, route.path): {"route": route, "endpoint": route.endpoint}
+            for route in direct
+            if not route.param_convertors
+            for method in route.methods or ()
+        }
+        self._with_parameters = [route for route in direct if route.param_convertors]
+        handlers = dict(application.exception_handlers)
+        unexpected = handlers.pop(Exception, None)
+        self._stack: ASGIApp = ExceptionMiddleware(_answer, handlers=handlers)
+        for middleware, arguments, options in reversed(application.user_middleware):
+            self._stack = middleware(self._stack, *arguments, **options)
+        self._stack = ServerErrorMiddleware(self._stack, handler=unexpected)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request, or the application's lifespan."""
+        found = self._find(scope) if scope["type"] == "http" and not scope.get("root_path") else None
+        if found is None:
+            await self.application(scope, receive, send)
+            return
+        scope.update(found, app=self.application)
+        await self._stack(scope, receive, send)
+
+    def _find(self, scope: Scope) -> Mapping[str, Any] | None:
+        """What FastAPI's router would put into ``scope`` for a direct route; None for any other."""
+        exact = self._exact.get((scope["method"], scope["path"]))
+        if exact is not None:
+            return {**exact, "path_params": {}}
+        for route in self._with_parameters:
+            match, found = route.matches(scope)
+            if match is Match.FULL:
+                return found
+        return None
+
+
+async def _answer(scope: Scope, receive: Receive, send: Send) -> None:
+    await scope["route"].app(scope, receive, send)

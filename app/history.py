@@ -90,19 +90,57 @@ _SAME: Final = {
 }
 
 
-async def write_history(engine: AsyncEngine, entries: Sequence[HistoryEntry], *, epoch: int) -> list[HistoryEntry]:
+class KeptConnection:
+    """One connection of ``engine``, kept by its only user from one batch of history to the next.
+
+    To hand one out and take it back costs SQLAlchemy more than the rows of a batch do (ADR 033).
+    """
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+        self._connection: AsyncConnection | None = None
+        self._driver: asyncpg.Connection | None = None
+
+    async def open(self) -> tuple[AsyncConnection, asyncpg.Connection]:
+        """The connection and the driver's under it, made anew where the last has ended. Raises as connecting does."""
+        if self._connection is None or self._driver is None or self._driver.is_closed():
+            await self.close()
+            self._connection = await self._engine.connect()
+            self._driver = await _driver(self._connection)
+        return self._connection, self._driver
+
+    async def close(self) -> None:
+        """Give the connection back; one that has ended goes to nobody."""
+        connection, driver = self._connection, self._driver
+        self._connection = self._driver = None
+        if connection is not None:
+            if driver is None or driver.is_closed():
+                await connection.invalidate()
+            await connection.close()
+
+
+async def write_history(
+    source: AsyncEngine | KeptConnection, entries: Sequence[HistoryEntry], *, epoch: int
+) -> list[HistoryEntry]:
     """Insert ``entries`` in one transaction; answer those whose id was there already with other content.
 
     Those of one kind are one statement, which ends its transaction itself. Raises ``FencedError`` when ``epoch`` is not
     the newest, and asyncpg's errors.
     """
-    async with engine.connect() as connection, _invalidating(connection):
-        driver = await _driver(connection)
-        if len({entry.kind for entry in entries}) <= 1:
-            return await _insert(driver, entries, epoch=epoch)
-        # An account may have rows of several kinds here: history must not have the later without the earlier.
-        async with driver.transaction():
-            return await _insert(driver, entries, epoch=epoch)
+    if isinstance(source, KeptConnection):
+        connection, driver = await source.open()
+        async with _invalidating(connection):
+            return await _write(driver, entries, epoch=epoch)
+    async with source.connect() as connection, _invalidating(connection):
+        return await _write(await _driver(connection), entries, epoch=epoch)
+
+
+async def _write(driver: asyncpg.Connection, entries: Sequence[HistoryEntry], *, epoch: int) -> list[HistoryEntry]:
+    if len({entry.kind for entry in entries}) <= 1:
+        return await _insert(driver, entries, epoch=epoch)
+    # An account may have rows of several kinds here: history must not have the later without the earlier.
+    async with driver.transaction():
+        return await _insert(driver, entries, epoch=epoch)
 
 
 async def insert_history(connection: AsyncConnection, entries: Sequence[HistoryEntry]) -> list[HistoryEntry]:

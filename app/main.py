@@ -21,6 +21,7 @@ from app.body_limit import BodyLimit
 from app.booking import Booking
 from app.collector import spare_the_collector
 from app.config import get_settings
+from app.direct_route import DirectWay
 from app.draining import Drain, DrainMiddleware
 from app.embedded import locate_stores
 from app.logging import configure_logging
@@ -186,4 +187,4 @@ def create_app() -> FastAPI:
     return application
 
 
-app = create_app()
+app = DirectWay(create_app())

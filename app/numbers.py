@@ -60,7 +60,9 @@ def parse_decimal(text: str) -> Decimal:
 
 def format_decimal(value: Decimal) -> str:
     """Plain notation: no exponent, no minus zero, no trailing zeros."""
-    text = f"{value:f}"
+    text = str(value)
+    if "E" in text:
+        text = f"{value:f}"
     if "." in text:
         text = text.rstrip("0").rstrip(".")
     return "0" if text == "-0" else text
@@ -68,7 +70,7 @@ def format_decimal(value: Decimal) -> str:
 
 def to_units(value: Decimal) -> int:
     """``value`` in units of 1e-8; raises ``decimal.Inexact`` if that is not a whole number."""
-    return int(value.quantize(SMALLEST_UNIT, context=EXACT).scaleb(DECIMAL_PLACES, context=EXACT))
+    return int(EXACT.scaleb(EXACT.quantize(value, SMALLEST_UNIT), DECIMAL_PLACES))
 
 
 def from_units(units: int) -> Decimal:

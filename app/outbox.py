@@ -23,7 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from app import background, errors, failpoints, metrics
 from app import redis_client as keys
 from app.config import Settings
-from app.history import FencedError, HistoryEntry, write_history
+from app.history import FencedError, HistoryEntry, KeptConnection, write_history
 from app.models import HISTORY
 from app.redis_client import StateStore
 
@@ -73,6 +73,7 @@ class Outbox:
     def __init__(self, store: StateStore, engine: AsyncEngine, settings: Settings) -> None:
         self._store = store
         self._engine = engine
+        self._kept = KeptConnection(engine)
         self._settings = settings
         self._waiting: list[Waiting] = []
         self._in_hand: list[Waiting] = []
@@ -106,6 +107,7 @@ class Outbox:
         await background.end(self._tasks)
         if self._patience is not None:
             self._patience.cancel()
+        await self._kept.close()
 
     async def record(self, entries: Sequence[HistoryEntry]) -> bool:
         """Wait until ``entries`` are committed in Postgres; False once it is known to be away.
@@ -257,7 +259,7 @@ class Outbox:
             if not batch:
                 return
         try:
-            buried = await self._write(_entries(batch), epoch=epoch)
+            buried = await self._write(_entries(batch), epoch=epoch, over=self._kept)
         except FencedError:
             metrics.HISTORY_FENCED.inc()
             await self._write_again(batch)
@@ -321,11 +323,13 @@ class Outbox:
             except Exception:
                 log.exception("the drain of the outbox failed; it goes on")
 
-    async def _write(self, entries: Sequence[HistoryEntry], *, epoch: int) -> set[int]:
+    async def _write(
+        self, entries: Sequence[HistoryEntry], *, epoch: int, over: KeptConnection | None = None
+    ) -> set[int]:
         """Record ``entries`` and take them out of the stream; answers the ids of those that had to be put aside."""
         await failpoints.reach("outbox.before_postgres")
         try:
-            contradicted = await write_history(self._engine, entries, epoch=epoch)
+            contradicted = await write_history(over or self._engine, entries, epoch=epoch)
         except asyncpg.PostgresError as error:
             if not (error.sqlstate or "").startswith(POISON_CLASSES):
                 raise

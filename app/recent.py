@@ -55,6 +55,7 @@ class Recent:
         self._accounts: OrderedDict[str, KnownAccount] = OrderedDict()
         self._market: Market | None = None
         self._mark_texts: Mapping[str, bytes] = {}
+        self._marked: set[str] = set()
 
     def keep_market(self, market: Market, mark_texts: Mapping[str, bytes]) -> None:
         """Remember the marks of a read, unless newer ones are known; halted ones are no ground for a guess."""
@@ -62,6 +63,7 @@ class Recent:
             self._market = None
         elif self._market is None or market.mark_version >= self._market.mark_version:
             self._market, self._mark_texts = market, mark_texts
+            self._marked = {symbol for symbol, text in mark_texts.items() if text}
 
     def forget_market(self) -> None:
         """A guess was wrong: the marks are those of the next read, even if their version is older."""
@@ -78,7 +80,7 @@ class Recent:
         known = self._accounts.pop(account_id, None)
         if known is None or self._market is None:
             return None
-        if not all(self._mark_texts.get(symbol) for symbol in known.account.positions):
+        if not known.account.positions.keys() <= self._marked:
             return None  # a mark that is missing cannot be compared: it may be set by hand meanwhile
         return Basis(
             account=known.account,

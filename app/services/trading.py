@@ -56,7 +56,10 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Market:
-    """What a decision is made against: contracts, marks, the mark version, and the time it is made."""
+    """What a decision is made against: contracts, marks, the mark version, and the time it is made.
+
+    ``prices`` are those of ``marks``.
+    """
 
     contracts: Mapping[str, Contract]
     marks: Mapping[str, Mark]
@@ -64,6 +67,10 @@ class Market:
     now_us: int
     mark_max_age_seconds: float | None = None
     halted: bool = False
+    prices: Mapping[str, Decimal] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prices", {symbol: mark.price for symbol, mark in self.marks.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,16 +245,15 @@ def decide_trade(account: Account, order: TradeOrder, market: Market) -> TradeDe
     _require_marks(account, order.symbol, market, suggested_price=order.price)
     if not reduces_only:
         _require_fresh_marks(account, order.symbol, market)
-    mark_price = market.marks[order.symbol].price
+    mark_price = market.prices[order.symbol]
     _check_band(order, contract, mark_price)
     after = _account_after(account, order.symbol, fill)
     _check_limits(account, order, after, contract, reduces_only=reduces_only)
 
-    prices = {symbol: mark.price for symbol, mark in market.marks.items()}
-    margin_after = account_margin(after, contracts=market.contracts, prices=prices)
+    margin_after = account_margin(after, contracts=market.contracts, prices=market.prices)
     opening_gain = max(ZERO, fill.opened * (mark_price - order.price))
     if margin_after.equity - opening_gain < margin_after.used_margin:
-        margin_before = account_margin(account, contracts=market.contracts, prices=prices)
+        margin_before = account_margin(account, contracts=market.contracts, prices=market.prices)
         if not (reduces_only and margin_after.free_margin >= margin_before.free_margin):
             raise _insufficient(order, margin_before, margin_after, opening_gain=opening_gain)
     return TradeDecision(account=after, fill=fill, mark_price=mark_price, margin=margin_after)
@@ -271,8 +277,7 @@ def decide_transfer(account: Account, order: TransferOrder, market: Market) -> T
         )
     if any(symbol not in market.marks for symbol in account.positions):
         return TransferDecision(account=after, margin=None)
-    prices = {symbol: mark.price for symbol, mark in market.marks.items()}
-    valued = account_margin(after, contracts=market.contracts, prices=prices)
+    valued = account_margin(after, contracts=market.contracts, prices=market.prices)
     if order.kind == "withdrawal":
         available = min(account.balance, valued.free_margin + order.amount)
         if order.amount > available:
@@ -311,6 +316,8 @@ def _symbols_valued(account: Account, traded: str | None) -> list[str]:
 
 
 def _require_marks(account: Account, traded: str | None, market: Market, *, suggested_price: Decimal | None) -> None:
+    if account.positions.keys() <= market.marks.keys() and (traded is None or traded in market.marks):
+        return
     for symbol in _symbols_valued(account, traded):
         if symbol not in market.marks:
             price = suggested_price if symbol == traded else None

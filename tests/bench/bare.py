@@ -7,8 +7,8 @@ the same response class, a real answer of the product with what was sent put int
 constant here, so nothing could answer faster and still say the same.
 
 ``plain`` in place of ``bare`` is an endpoint as FastAPI's tutorial writes one. A bare one that is slower than that
-would be no limit: then the plain one is. ``direct`` is the bare one on the product's own route class, which goes around
-FastAPI's solver: beside it everything counts that the product does for itself.
+would be no limit: then the plain one is. ``direct`` is the bare one on the product's own way around FastAPI's
+router and solver: beside it everything counts that the product does for itself.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from app import main, schemas
 from app.cli import app as plimsoll
 from app.collector import spare_the_collector
 from app.config import get_settings
-from app.direct_route import DirectRoute
+from app.direct_route import DirectRoute, DirectWay
 from app.json_body import ExactJSONRoute
 from app.logging import configure_logging
 from app.routes.context import AccountPath, json_response
@@ -88,9 +88,9 @@ def create_bare(route_class: type[ExactJSONRoute] = ExactJSONRoute) -> FastAPI:
     return application
 
 
-def create_direct() -> FastAPI:
-    """The same on the product's way through a route."""
-    return create_bare(DirectRoute)
+def create_direct() -> DirectWay:
+    """The same on the product's way to a route and through it."""
+    return DirectWay(create_bare(DirectRoute))
 
 
 class PlainTrade(BaseModel):

@@ -16,6 +16,7 @@ import redis.asyncio
 
 from app.api_keys import create_key, revoke_key, with_engine
 from app.config import Settings, get_settings
+from app.direct_route import DirectWay
 from app.embedded import Stores
 from app.main import create_app
 from app.verify import verify
@@ -186,12 +187,13 @@ async def api_in_this_process(
             patch.setenv(f"PLIMSOLL_{name.upper()}", value)
         get_settings.cache_clear()
         application = create_app()
+        way = DirectWay(application)
         lifespan = application.router.lifespan_context(application)
         state = await lifespan.__aenter__()
     get_settings.cache_clear()
 
     async def with_state(scope: Any, receive: Any, send: Any) -> None:  # noqa: ANN401 - ASGI
-        await application({**scope, "state": dict(state or {})}, receive, send)
+        await way({**scope, "state": dict(state or {})}, receive, send)
 
     try:
         transport = httpx.ASGITransport(with_state, raise_app_exceptions=raise_app_exceptions, client=(peer, 1234))
