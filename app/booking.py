@@ -32,6 +32,7 @@ from app.records import RecordError, Snapshot, position_texts, snapshot_from
 from app.redis_client import StateStore
 from app.services import trading
 from app.services.trading import Account, Market, TradeOrder, TransferOrder
+from app.shared_accounts import SharedAccounts
 
 ATTEMPTS_MAX: Final = 200
 """Of n simultaneous commits of one account one wins a round, so this is how many may meet; each round is two calls."""
@@ -54,16 +55,18 @@ class Booked:
 
 
 class Booking:
-    """Books trades, transfers and edits by hand for one process."""
+    """Books trades, transfers and edits by hand for one process; its accounts are ``shared`` with the other workers."""
 
-    def __init__(self, store: StateStore, outbox: Outbox, settings: Settings) -> None:
+    def __init__(
+        self, store: StateStore, outbox: Outbox, settings: Settings, shared: SharedAccounts | None = None
+    ) -> None:
         self.store = store
         self.outbox = outbox
         self.settings = settings
         self.contracts: Mapping[str, Contract] = {contract.symbol: contract for contract in settings.contracts}
         self.marks = MarkBook(store, self.contracts, jump_max=settings.mark_jump_max)
         self.column_repair = ColumnRepair(store, self.contracts)
-        self._commits = Commits(store, outbox, settings, self.contracts)
+        self._commits = Commits(store, outbox, settings, self.contracts, shared)
         self._recent = self._commits.recent
         self._symbols = list(self.contracts)
         self._keys_of_symbols = keys.keys_of_symbols(self.contracts)

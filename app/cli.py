@@ -71,7 +71,7 @@ def api() -> None:
             who = "whoever reaches it may do anything" if settings.allow_keyless else "only this machine is served"
             log.warning("the API asks for no keys (PLIMSOLL_AUTH=off)", served=who)
         log.info("the API starts", url=base_url(settings.api_host, settings.api_port))
-        metrics_directory = _share_metrics(settings.api_workers)
+        shared_directory = _share(settings.api_workers)
         # uvicorn hands the signal on when it has finished; the directory is removed then.
         signal.signal(signal.SIGTERM, lambda _signal, _frame: sys.exit(0))
         try:
@@ -89,8 +89,8 @@ def api() -> None:
                 timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_SECONDS,
             )
         finally:
-            if metrics_directory is not None:
-                shutil.rmtree(metrics_directory, ignore_errors=True)
+            if shared_directory is not None:
+                shutil.rmtree(shared_directory, ignore_errors=True)
 
 
 @app.command()
@@ -349,11 +349,14 @@ def _located() -> tuple[Settings, Stores]:
     return get_settings(), stores
 
 
-def _share_metrics(workers: int) -> Path | None:
-    """With several workers, give them a fresh directory to add up their metrics in, before any of them starts."""
+def _share(workers: int) -> Path | None:
+    """With several workers, give them a fresh directory for their metrics and accounts, before any of them starts."""
     if workers == 1:
         return None
+    from app.shared_accounts import SharedAccounts
+
     directory = Path(tempfile.mkdtemp(prefix="plimsoll-metrics-"))
+    SharedAccounts.create(directory)
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory)
     return directory
 

@@ -24,6 +24,7 @@ from app.redis_client import StateStore
 from app.services import trading
 from app.services.margin import AccountMargin
 from app.services.trading import FLAT, Account, Market, Position
+from app.shared_accounts import AccountTexts, SharedAccounts
 
 COMMITS_PER_CALL: Final = 8
 """A script holds up everybody else at Redis for as long as it runs."""
@@ -115,7 +116,12 @@ class Commits:
     """
 
     def __init__(
-        self, store: StateStore, outbox: Outbox, settings: Settings, contracts: Mapping[str, Contract]
+        self,
+        store: StateStore,
+        outbox: Outbox,
+        settings: Settings,
+        contracts: Mapping[str, Contract],
+        shared: SharedAccounts | None,
     ) -> None:
         self._store = store
         self._outbox = outbox
@@ -144,7 +150,7 @@ class Commits:
         ]
         self._asked: list[_Asked] = []
         self._calls: set[asyncio.Task[None]] = set()
-        self.recent = Recent()
+        self.recent = Recent(contracts, shared)
 
     def commit(self, basis: Basis, decide: Decide, *, operation: str) -> asyncio.Future[Outcome]:
         """Decide on ``basis``, commit the change if the account is still so, and have Postgres record it.
@@ -274,7 +280,8 @@ class Commits:
             return [entry, entry._replace(id=int(recovery_id), kind="recovery", seq=seq + 1, body=part.recovery)]
         if not part.asked.basis.breach_text:
             fields = self._fields_after(part.asked.basis.fields, part.touched)
-            self.recent.keep(KnownAccount(part.change.after, part.balance_text, fields, b"%d" % seq, epoch))
+            texts = AccountTexts(account_id, epoch, b"%d" % seq, part.balance_text, fields)
+            self.recent.keep(KnownAccount(part.change.after, texts))
         return [entry]
 
     def _touched(self, basis: Basis, change: Change) -> list[_Touched]:

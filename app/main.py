@@ -32,6 +32,7 @@ from app.redis_client import StateStore
 from app.request_meter import REQUEST_ID_HEADER, RequestMeter, is_request_id, new_request_id
 from app.routes.context import Services
 from app.security import open_gate
+from app.shared_accounts import SharedAccounts
 
 ERRORS_SHOWN_MAX: Final = 4
 
@@ -67,7 +68,7 @@ async def lifespan(application: FastAPI) -> AsyncIterator[dict[str, Any]]:
             services = Services(
                 settings=settings,
                 store=store,
-                booking=Booking(store, outbox, settings),
+                booking=Booking(store, outbox, settings, SharedAccounts.found()),
                 sessions=database.create_sessions(engine),
                 gate=gate,
                 drain=drain,

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
@@ -21,6 +22,7 @@ from app.recent import Basis
 from app.records import Snapshot
 from app.redis_client import StateStore
 from app.services.trading import Account, TradeOrder, TransferOrder
+from app.shared_accounts import AccountTexts, SharedAccounts
 from tests.integration.desk import BTC_PERP
 
 ELSEWHERE: Final = "50100"
@@ -63,11 +65,13 @@ class Counter:
 
 
 @asynccontextmanager
-async def counter_of(stores: Stores, settings: Settings) -> AsyncIterator[Counter]:
+async def counter_of(
+    stores: Stores, settings: Settings, shared: SharedAccounts | None = None
+) -> AsyncIterator[Counter]:
     store, engine = StateStore(stores.redis_url, settings), database.create_engine(stores.database_url)
     outbox = Outbox(store, engine, settings)
     await outbox.start()
-    yield Counter(CountingBooking(store, outbox, settings), store.client)
+    yield Counter(CountingBooking(store, outbox, settings, shared), store.client)
     await outbox.stop()
     await store.close()
     await engine.dispose()
@@ -212,3 +216,68 @@ async def test_where_marks_go_stale_every_trade_reads(stores: Stores, settings: 
         await here.booking.marks.set_mark(BTC_PERP, Decimal(50000), confirm=True)
         await here.deposit("100000")
         assert [await here.reads_to_buy("0.1") for _ in range(3)] == [1, 1, 1]
+
+
+@pytest.fixture
+async def workers(
+    stores: Stores, settings: Settings, tmp_path: Path
+) -> AsyncIterator[tuple[Counter, Counter, SharedAccounts]]:
+    """Two workers of one API, both of which know the mark, and what they share; the second bought for alice last."""
+    SharedAccounts.create(tmp_path)
+    async with AsyncExitStack() as opened:
+        here, there = [
+            await opened.enter_async_context(counter_of(stores, settings, SharedAccounts(tmp_path))) for _ in range(2)
+        ]
+        await here.booking.marks.set_mark(BTC_PERP, Decimal(50000), confirm=True)
+        await here.deposit("100000")
+        await here.buy("0.1")
+        await there.buy("0.1")
+        yield here, there, SharedAccounts(tmp_path)
+
+
+async def test_a_worker_guesses_an_account_as_another_left_it(
+    workers: tuple[Counter, Counter, SharedAccounts],
+) -> None:
+    for buyer in (*workers[:2], *workers[:2], workers[1]):
+        judged = len(buyer.booking.judged)
+        assert await buyer.reads_to_buy("0.1") == 0
+        assert len(buyer.booking.judged) == judged, "the guess was wrong"
+    assert (await workers[0].buy("0.1"))["position"]["quantity"] == "0.8"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"balance_text": b"1"},  # too little for the trade, which is refused only on what was read
+        {"balance_text": b"900000"},
+        {"fields": ()},
+        {"fields": (b"BTC-PERP", b'{"quantity": "-0.2", "avg_price": "50000", "cost": "-10000"}')},
+        {"seq_text": b"2"},
+        {"epoch": b"0"},
+        {"balance_text": b"100000x"},
+        {"fields": (b"BTC-PERP", b'{"quantity": "0.2", "avg_p')},
+        {"fields": (b"BTC-PE", b"")},
+    ],
+    ids=str,
+)
+async def test_whatever_the_workers_share_nothing_is_booked_on_what_is_wrong(
+    workers: tuple[Counter, Counter, SharedAccounts], wrong: dict[str, Any]
+) -> None:
+    here, _, shared = workers
+    texts = shared.take("alice")
+    assert texts is not None
+    shared.keep(texts._replace(**wrong))
+    answer = await here.buy("0.1")
+    assert (answer["balance"], answer["position"]["quantity"]) == ("100000", "0.3")
+    newest = shared.take("alice")
+    assert newest is not None
+    assert newest.seq_text == b"4"
+
+
+async def test_while_another_worker_changes_an_account_it_is_read(
+    workers: tuple[Counter, Counter, SharedAccounts],
+) -> None:
+    here, _, shared = workers
+    await here.buy("0.1")
+    assert isinstance(shared.take("alice"), AccountTexts)
+    assert await here.reads_to_buy("0.1") == 1

@@ -13,6 +13,7 @@ import httpx
 import psutil
 from prometheus_client.mmap_dict import MmapedDict
 
+from app.shared_accounts import SharedAccounts
 from tests.conftest import SystemFactory
 from tests.harness import Process
 from tests.integration.desk import BTC_PERP, eventually
@@ -32,6 +33,7 @@ async def test_counters_of_two_workers_add_up_and_stay_right_when_one_is_killed(
     body = {"account_id": "alice", "symbol": BTC_PERP, "side": "buy", "quantity": "0.1", "price": "50000"}
     assert (await running.client.post("/trade", json=body)).status_code == 201
     files = directory_of(workers(api))
+    assert SharedAccounts(files).take("alice") is not None, "the workers share no accounts"
 
     asked = await live_checks_of_both(api, files)
     before = await counted(api, asked)
