@@ -138,3 +138,18 @@ async def test_a_sweep_asked_for_while_it_rests_is_not_kept_waiting(
     async with asyncio.timeout(5):
         await refresher.refresh(swept, asked=asked)
     assert len(await shown.changed()) == ACCOUNTS_PER_CALL
+
+
+async def test_a_sweep_asked_for_while_the_loop_is_busy_until_the_rest_is_over_goes_first(shown: Keys) -> None:
+    refresher, asked = shown.refresher(budget=len(NAMES)), asyncio.Event()
+    swept = await shown.swept_at("49999")
+    refresher._rested = time.monotonic() + 0.05
+
+    def busy() -> None:
+        time.sleep(0.1)
+        # In the turn of the loop in which the rest ends as well.
+        asyncio.get_running_loop().call_soon(asked.set)
+
+    asyncio.get_running_loop().call_later(0.02, busy)
+    await refresher.refresh(swept, asked=asked)
+    assert await shown.changed() == []
