@@ -98,7 +98,11 @@ class Chunk:
     def pieces(self, rows: int) -> Iterator[Chunk]:
         """All of it, so many rows at a time; one without rows has an empty piece."""
         for first in range(0, max(len(self), 1), rows):
-            yield replace(self.rows(slice(first, first + rows)), first_slot=self.first_slot + first)
+            yield self.piece(first, rows)
+
+    def piece(self, first: int, rows: int) -> Chunk:
+        """So many rows from row ``first`` on, fewer at the end."""
+        return replace(self.rows(slice(first, first + rows)), first_slot=self.first_slot + first)
 
     def indices_of(self, slots: Iterable[int]) -> NDArray[np.intp]:
         """The rows of those of ``slots`` that it has."""

@@ -96,7 +96,7 @@ class DirectWay:
 
     A request for one of them passes the application's own middleware and its table of errors, as any request does, and
     is in its route then. FastAPI's telemetry, its stack of things to close, its router and its dispatcher are left out:
-    they would find nothing to do, and stay alive for as long as the request waits (ADR 032).
+    they would find nothing to do, and stay alive for as long as the request waits (ADR 031).
     """
 
     def __init__(self, application: FastAPI) -> None:

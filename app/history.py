@@ -93,7 +93,7 @@ _SAME: Final = {
 class KeptConnection:
     """One connection of ``engine``, kept by its only user from one batch of history to the next.
 
-    To hand one out and take it back costs SQLAlchemy more than the rows of a batch do (ADR 033).
+    To hand one out and take it back costs SQLAlchemy more than the rows of a batch do (ADR 031).
     """
 
     def __init__(self, engine: AsyncEngine) -> None:

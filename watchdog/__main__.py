@@ -70,7 +70,8 @@ async def watch(settings: Settings) -> None:
 
     async def audit_unless_unavailable() -> None:
         try:
-            await audit.step(give_way=sweeper.idle)
+            # The next timer's sweep waits for it.
+            await audit.step(give_way=sweeper.idle, rest_seconds=settings.sweep_interval_seconds / 2)
         except (errors.Unavailable, RedisError, OSError) as error:
             log.warning("no audit", reason=str(error))
 

@@ -41,7 +41,9 @@ HISTORY_TIMEOUT_SECONDS: Final = 10.0
 POLL_SECONDS: Final = 0.1
 RECHECK_SECONDS: Final = 1.0
 ACCOUNTS_PER_CHECK: Final = 500
-ACCOUNTS_PER_READ: Final = 50
+ACCOUNTS_PER_READ: Final = 5
+"""A mark that comes meanwhile waits no longer than the loop has so many in hand: of 50 up to four milliseconds."""
+
 SHOWN_MAX: Final = 10
 
 _SUMS: Final = text(

@@ -1,6 +1,8 @@
-"""Keep the equity and used_margin keys near the truth: accounts at risk first, a bounded number after each sweep.
+"""Keep the equity and used_margin keys near the truth: a bounded number of accounts after each sweep, a few at a time.
 
-A sweep that was asked for goes first, unless the keys have waited for a second.
+The rows are walked around in pieces. Of each piece those at most risk are written and some others in turn; in a store
+that the budget covers, all of them. It rests after each call, and a sweep that is asked for meanwhile goes first: the
+walk goes on after that one where it was, so keys are brought up to date however fast marks come.
 
 No decision reads these keys; they are for whoever looks at Redis. A value is written only where the account's row is
 still the one it was computed from, so a trade's own newer values stay.
@@ -10,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -28,14 +30,11 @@ if TYPE_CHECKING:
 ACCOUNTS_PER_CALL: Final = 8
 """A mark that comes meanwhile waits for one call: with 25 accounts in it, its p99 was a fifth longer."""
 
-PAUSE_SECONDS: Final = 0.25
 REST_TIMES: Final = 9
-"""It rests so many times as long as it worked: each of its calls is a sync of the append-only file, and trades wait."""
+"""It rests so many times as long as a call took: each is a sync of the append-only file, and trades wait."""
 
-GIVE_WAY_SECONDS: Final = 1
-ROWS_AT_ONCE: Final = 131_072
-THREAD_ROWS_MIN: Final = 16_384
-"""Below, numpy is done before a thread has begun."""
+PIECE_ROWS_MAX: Final = 16_384
+"""A mark waits for the look at so many rows as well."""
 
 
 class Refresher:
@@ -44,44 +43,44 @@ class Refresher:
     def __init__(self, booking: Booking) -> None:
         self._booking = booking
         self._next_slot = 0
+        self._round = 0
         self._rested = float("-inf")
 
     async def refresh(self, swept: Swept, *, asked: asyncio.Event) -> None:
-        """Bring some accounts' keys up to date with ``swept``: all of them in a small store.
+        """Bring the keys of some accounts up to date with ``swept``, once around, until a sweep is ``asked`` for.
 
-        Not after every sweep of a flood of marks; the timer's sweep brings what such a pause left out. One that stops
-        because a sweep was ``asked`` for is done again after that one.
+        A call whose rest is over goes first: a flood of marks slows the walk down and does not stop it.
         """
-        began = time.monotonic()
-        if began < self._rested:
-            return
+        accounts, passed = sum(map(len, swept.chunks)), 0
         budget = self._booking.settings.refresh_accounts_per_sweep
-        async for chunk, indices in self._chosen(swept, budget):
-            readable = [index for index in indices if chunk.first_slot + index not in swept.quarantined]
-            for first in range(0, len(readable), ACCOUNTS_PER_CALL):
-                if asked.is_set() and began - self._rested < GIVE_WAY_SECONDS:
-                    return
-                await self._write(chunk, readable[first : first + ACCOUNTS_PER_CALL], swept)
-        self._rested = began + max(PAUSE_SECONDS, (REST_TIMES + 1) * (time.monotonic() - began))
+        rows = min(max(ACCOUNTS_PER_CALL, ACCOUNTS_PER_CALL * accounts // budget), PIECE_ROWS_MAX)
+        while passed < accounts:
+            if await _asked_within(self._rested - time.monotonic(), asked):
+                return
+            began = time.monotonic()
+            piece = self._next_piece(swept.chunks, accounts, rows)
+            if accounts <= budget:
+                indices: Sequence[int] = range(len(piece))
+            else:
+                indices = self._chosen(piece, max(1, budget * len(piece) // accounts // 2))
+            readable = [index for index in indices if piece.first_slot + index not in swept.quarantined]
+            await self._write(piece, readable, swept)
+            passed += len(piece)
+            self._rested = time.monotonic() + REST_TIMES * (time.monotonic() - began)
 
-    async def _chosen(self, swept: Swept, budget: int) -> AsyncIterator[tuple[Chunk, list[int]]]:
-        """The rows to write by chunk: all if the budget allows, else half of it at most risk, half in turn."""
-        accounts = sum(map(len, swept.chunks))
-        if accounts <= budget:
-            for chunk in swept.chunks:
-                yield chunk, list(range(len(chunk)))
-            return
-        in_turn = [(self._next_slot + step) % accounts for step in range(budget // 2)]
-        for chunk in swept.chunks:
-            # A piece at a time, so that a sweep does not wait until a million rows are valued.
-            for piece in chunk.pieces(ROWS_AT_ONCE):
-                count = max(1, budget * len(piece) // accounts // 2)
-                if len(piece) < THREAD_ROWS_MIN:
-                    at_risk = _most_at_risk(piece, self._booking.contracts, count)
-                else:
-                    at_risk = await asyncio.to_thread(_most_at_risk, piece, self._booking.contracts, count)
-                yield piece, sorted({*piece.indices_of(in_turn).tolist(), *at_risk})
-        self._next_slot = (self._next_slot + budget // 2) % accounts
+    def _next_piece(self, chunks: Sequence[Chunk], accounts: int, rows: int) -> Chunk:
+        """So many rows after those of the last piece, fewer at the end of a chunk; after the last row, the first."""
+        if self._next_slot >= accounts:
+            self._next_slot, self._round = 0, self._round + 1
+        chunk = next(chunk for chunk in chunks if self._next_slot < chunk.first_slot + len(chunk))
+        piece = chunk.piece(self._next_slot - chunk.first_slot, rows)
+        self._next_slot += len(piece)
+        return piece
+
+    def _chosen(self, piece: Chunk, count: int) -> list[int]:
+        """The rows of ``piece`` to write: as many of those at most risk as of all, in turn from round to round."""
+        in_turn = [(self._round * count + step) % len(piece) for step in range(count)]
+        return sorted({*in_turn, *_most_at_risk(piece, self._booking.contracts, count)})
 
     async def _write(self, chunk: Chunk, indices: Sequence[int], swept: Swept) -> None:
         if not indices:
@@ -118,3 +117,15 @@ def _most_at_risk(piece: Chunk, contracts: Mapping[str, Contract], count: int) -
     headroom = np.where(valuable, valued.equity - valued.maintenance_margin, np.inf)
     found: list[int] = np.argpartition(headroom, count)[:count].tolist()
     return found
+
+
+async def _asked_within(seconds: float, asked: asyncio.Event) -> bool:
+    """Whether it was asked for something before so many seconds have passed."""
+    if seconds <= 0:
+        return False
+    try:
+        async with asyncio.timeout(seconds):
+            return await asked.wait()
+    except TimeoutError:
+        # Both, if the loop was busy with something else when the time had passed.
+        return asked.is_set()

@@ -1,7 +1,9 @@
 """A sweep: one recomputation of every account's margin, and the record of what it found.
 
 Read the columns chunk by chunk with their marks, screen each in float64, decide the survivors in Decimal, record.
-Requests coalesce: however many come while a sweep runs, one more follows it, so the newest mark is always swept.
+Requests coalesce: however many come while a sweep runs, one more follows it, so the newest mark is always swept. A
+sweep that only the timer asked for, at marks that were swept before, is overtaken by what is asked for before it has
+judged anybody: the two are one sweep then.
 """
 
 from __future__ import annotations
@@ -91,6 +93,10 @@ class _Tally:
             self.sums = sums
 
 
+class _Overtaken(Exception):
+    """A sweep was asked for that does all that this one had to do, but for the audit, which is done."""
+
+
 class Sweeper:
     """Sweeps for one watchdog, one sweep at a time."""
 
@@ -103,8 +109,8 @@ class Sweeper:
         self._columns = KeptColumns(booking)
         self._triggers: set[str] = set()
         self._asked = asyncio.Event()
-        # Of the sweep that has not begun yet: one that runs has taken its own away.
-        self._finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # For the sweep that has not begun yet: one that runs has taken its own away.
+        self._waiting: list[asyncio.Future[None]] = []
         self._idle = asyncio.Event()
         self._idle.set()
         self.swept: Swept | None = None
@@ -127,22 +133,30 @@ class Sweeper:
     async def request(self, trigger: str) -> None:
         """Ask for a sweep, and wait until one that began afterwards has ended, well or not."""
         self.notify(trigger)
-        await asyncio.shield(self._finished)
+        finished = asyncio.get_running_loop().create_future()
+        self._waiting.append(finished)
+        await finished
 
     async def run(self) -> None:
         """Sweep whenever asked, until cancelled. A sweep that fails is counted, and moves no success."""
+        audited = False
         while True:
             await self._asked.wait()
             self._asked.clear()
             triggers, self._triggers = self._triggers, set()
-            finished, self._finished = self._finished, asyncio.get_running_loop().create_future()
+            waiting, self._waiting = self._waiting, []
             self.running = True
             result = "failed"
             try:
-                self.swept = await self._sweep(audit="timer" in triggers)
+                self.swept = await self._sweep(
+                    audit="timer" in triggers and not audited,
+                    may_be_overtaken=triggers == {"timer"} and not audited,
+                )
                 self.last_success = time.monotonic()
                 metrics.show(self.swept)
                 result = "ok"
+            except _Overtaken:
+                result = "overtaken"
             except (errors.Unavailable, RedisError, OSError) as error:
                 result = "unavailable"
                 log.warning("no sweep", reason=str(error))
@@ -151,14 +165,25 @@ class Sweeper:
             finally:
                 self.running = False
                 self.last_sign_of_life = time.monotonic()
-                for trigger in triggers:
-                    metrics.SWEEPS.labels(trigger, result).inc()
-                metrics.STATE_WRITABLE.set(result != "unavailable")
-                finished.set_result(None)
-                if not self._asked.is_set():
-                    self._idle.set()
+                audited = result == "overtaken"
+                if audited:
+                    self._triggers |= triggers
+                    self._waiting = [*waiting, *self._waiting]
+                else:
+                    self._end(triggers, waiting, result)
             if result == "ok" and self.swept is not None:
                 await self._refresh(self.swept)
+
+    def _end(self, triggers: set[str], waiting: Sequence[asyncio.Future[None]], result: str) -> None:
+        """Count a sweep that has ended, and tell whoever waited for it."""
+        for trigger in triggers:
+            metrics.SWEEPS.labels(trigger, result).inc()
+        metrics.STATE_WRITABLE.set(result != "unavailable")
+        for finished in waiting:
+            if not finished.done():
+                finished.set_result(None)
+        if not self._asked.is_set():
+            self._idle.set()
 
     async def _refresh(self, swept: Swept) -> None:
         try:
@@ -168,7 +193,7 @@ class Sweeper:
         except Exception:
             log.exception("equity and used_margin keys were not refreshed")
 
-    async def _sweep(self, *, audit: bool = False) -> Swept:
+    async def _sweep(self, *, audit: bool = False, may_be_overtaken: bool = False) -> Swept:
         started = time.monotonic()
         await failpoints.reach("sweep.slow")
         await failpoints.reach("sweep.wedge")
@@ -181,10 +206,15 @@ class Sweeper:
         async with aclosing(self._columns.chunks(audit=audit)) as chunks:
             async for read, headroom in chunks:
                 marks = read.marks
+                # One that reads every row goes on: what follows would read them all again.
+                if headroom is None or self.swept is None or marks.version != self.swept.version:
+                    may_be_overtaken = False
+                self._give_way(may_be_overtaken=may_be_overtaken)
                 versions.append(marks.version)
                 chunk = replace(read, marks=marks.fresh(self._settings.mark_max_age_seconds))
                 near = await self._look_at(chunk, headroom, tally, quarantined)
                 self.last_sign_of_life = time.monotonic()
+                self._give_way(may_be_overtaken=may_be_overtaken)
                 async with aclosing(self._settle(chunk, near, quarantined)) as parts:
                     async for part in parts:
                         self.last_sign_of_life = time.monotonic()
@@ -206,6 +236,10 @@ class Sweeper:
             raise errors.StateUnreconciled("another epoch began during the sweep", reason="state_unreconciled")
         metrics.SWEEP_DURATION.observe(time.monotonic() - started)
         return self._summary(tally, marks, min(versions), quarantined, without_slot)
+
+    def _give_way(self, *, may_be_overtaken: bool) -> None:
+        if may_be_overtaken and self._asked.is_set():
+            raise _Overtaken
 
     async def _look_at(
         self, chunk: Chunk, headroom: Headroom | None, tally: _Tally, quarantined: Mapping[int, str]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator
@@ -10,6 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
+import asyncpg
 from redis.asyncio import Redis
 
 from app import database, reconcile
@@ -20,6 +22,7 @@ from app.redis_client import StateStore
 from tests.harness import System
 
 SCRATCH: Final = Path("/tmp/bench")  # noqa: S108 - a short path, as unix sockets need; each stage has its own inside
+POLL_SECONDS: Final = 0.1
 
 
 @asynccontextmanager
@@ -64,6 +67,23 @@ async def booking_on(system: System, **more: object) -> AsyncIterator[Booking]:
         await outbox.stop()
         await store.close()
         await engine.dispose()
+
+
+async def settle(system: System, client: Redis) -> None:
+    """Have what was written in bulk on disk, and tidied up, before anything is measured.
+
+    Else both servers do so, unasked, in the middle of what is measured.
+    """
+    connection = await asyncpg.connect(system.stores.owner_url)
+    try:
+        await connection.execute("VACUUM ANALYZE")
+        await connection.execute("CHECKPOINT")
+    finally:
+        await connection.close()
+    await client.bgrewriteaof()
+    while (await client.info("persistence"))["aof_rewrite_in_progress"]:
+        await asyncio.sleep(POLL_SECONDS)
+    await asyncio.to_thread(os.sync)
 
 
 async def require_durable(client: Redis) -> str:

@@ -33,7 +33,7 @@ from app.services.trading import TransferOrder
 from tests.bench.bulk import write_all, write_columns
 from tests.bench.population import MARK, SEED, SYMBOL, Population, Units, account_name, populate
 from tests.bench.ratios import Bound, Row
-from tests.bench.stage import booking_on, stage
+from tests.bench.stage import booking_on, settle, stage
 from tests.harness import System
 from watchdog.refresh import Refresher
 from watchdog.sweep import Sweeper
@@ -87,6 +87,7 @@ async def world(count: int, say: Say) -> AsyncIterator[World]:
         await booking.marks.set_mark(SYMBOL, MARK, confirm=True)
         empty = (await booking.store.client.info("memory"))["used_memory"]
         await write_all(system, booking, population)
+        await settle(system, booking.store.client)
         full = (await booking.store.client.info("memory"))["used_memory"]
         expected = population.candidates(MARK)
         say(f"{count:,} accounts written in {time.monotonic() - started:.0f} s, {len(expected):,} of them candidates")
