@@ -109,8 +109,14 @@ class Batcher:
         self._flush()
         while self._pipelines:
             await asyncio.gather(*self._pipelines, return_exceptions=True)
+        await self._give_back()
+
+    async def _give_back(self) -> None:
+        """End the connections that are kept, and let the pool have them."""
         while self._kept:
-            await self._pool.release(self._kept.pop())
+            connection = self._kept.pop()
+            await connection.disconnect(nowait=True)
+            await self._pool.release(connection)
 
     def _flush(self) -> None:
         self._scheduled = False
@@ -172,6 +178,8 @@ class Batcher:
                 await connection.disconnect(nowait=True)
                 _fail(missing, RedisTimeoutError(str(error) or "no answer in time"))
             self._fail_waiting(str(error) or "Redis does not answer")
+            # Those that are kept reach the same Redis, or reach it no more either: the next pipeline asks the pool.
+            await self._give_back()
         except BaseException as error:
             # Our mistake, or the end of the loop: whoever waits must hear of it all the same.
             missing = [*unanswered, *(answer for answer, _ in held)]

@@ -101,21 +101,19 @@ class KeptConnection:
         self._connection: AsyncConnection | None = None
         self._driver: asyncpg.Connection | None = None
 
-    async def open(self) -> tuple[AsyncConnection, asyncpg.Connection]:
-        """The connection and the driver's under it, made anew where the last has ended. Raises as connecting does."""
-        if self._connection is None or self._driver is None or self._driver.is_closed():
+    async def open(self) -> asyncpg.Connection:
+        """The driver's connection, made anew where the last has ended. Raises as connecting does."""
+        if self._driver is None or self._driver.is_closed():
             await self.close()
             self._connection = await self._engine.connect()
             self._driver = await _driver(self._connection)
-        return self._connection, self._driver
+        return self._driver
 
     async def close(self) -> None:
-        """Give the connection back; one that has ended goes to nobody."""
-        connection, driver = self._connection, self._driver
-        self._connection = self._driver = None
+        """End the connection; it goes to nobody else."""
+        connection, self._connection, self._driver = self._connection, None, None
         if connection is not None:
-            if driver is None or driver.is_closed():
-                await connection.invalidate()
+            await connection.invalidate()
             await connection.close()
 
 
@@ -128,9 +126,15 @@ async def write_history(
     the newest, and asyncpg's errors.
     """
     if isinstance(source, KeptConnection):
-        connection, driver = await source.open()
-        async with _invalidating(connection):
+        driver = await source.open()
+        try:
             return await _write(driver, entries, epoch=epoch)
+        except FencedError:
+            raise
+        except BaseException:
+            # Whatever is wrong with the session, a right that it lacks or a transaction that it is in, is not kept.
+            await source.close()
+            raise
     async with source.connect() as connection, _invalidating(connection):
         return await _write(await _driver(connection), entries, epoch=epoch)
 

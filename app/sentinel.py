@@ -45,10 +45,16 @@ class FollowingPool(SentinelConnectionPool, BlockingConnectionPool):
     """A blocking pool whose connections ask the sentinels for the master each time they are made."""
 
     async def disconnect(self, inuse_connections: bool = True) -> None:  # noqa: FBT001, FBT002 - as redis-py has it
-        """As redis-py's; with all its connections the pool ends those to the sentinels."""
+        """As redis-py's; with all its connections the pool ends those to the sentinels.
+
+        When the sentinels name another master redis-py ends the idle connections to the old one. Those in use, which a
+        batcher may keep, are made anew before they are used again.
+        """
         await super().disconnect(inuse_connections)
         if inuse_connections:
             await self.sentinel_manager.aclose()
+        else:
+            await self.update_active_connections_for_reconnect()  # type: ignore[no-untyped-call]
 
 
 def is_sentinel_url(url: str) -> bool:

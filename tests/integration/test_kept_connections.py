@@ -18,7 +18,7 @@ from app import database
 from app.batcher import PIPELINES_MAX
 from app.config import Settings
 from app.embedded import Stores
-from app.history import FENCE_LOCK, HistoryEntry, KeptConnection, write_history
+from app.history import FENCE_LOCK, FencedError, HistoryEntry, KeptConnection, write_history
 from app.redis_client import StateStore
 from tests.integration.desk import command, eventually
 
@@ -68,8 +68,7 @@ async def store(stores: Stores, settings: Settings) -> AsyncIterator[StateStore]
 
 async def backend(kept: KeptConnection) -> int:
     """The process of Postgres at the other end."""
-    _, driver = await kept.open()
-    return driver.get_server_pid()
+    return (await kept.open()).get_server_pid()
 
 
 async def test_batches_of_history_go_over_one_connection(kept: KeptConnection) -> None:
@@ -79,17 +78,32 @@ async def test_batches_of_history_go_over_one_connection(kept: KeptConnection) -
     assert await backend(kept) == before
 
 
-async def test_a_row_that_postgres_refuses_does_not_cost_the_connection(kept: KeptConnection) -> None:
-    before = await backend(kept)
+async def test_a_session_that_may_not_write_is_not_kept(kept: KeptConnection) -> None:
+    driver = await kept.open()
+    await driver.execute("SET default_transaction_read_only = on")
+    with pytest.raises(asyncpg.ReadOnlySQLTransactionError):
+        await write_history(kept, [deposit(1)], epoch=1)
+    assert await write_history(kept, [deposit(1)], epoch=1) == []
+
+
+async def test_a_session_in_a_transaction_that_failed_is_not_kept(kept: KeptConnection) -> None:
+    driver = await kept.open()
+    await driver.execute("BEGIN")
     with pytest.raises(asyncpg.CheckViolationError):
         await write_history(kept, [deposit(1, amount="-1")], epoch=1)
     assert await write_history(kept, [deposit(1)], epoch=1) == []
+
+
+async def test_rows_of_an_older_epoch_do_not_cost_the_connection(kept: KeptConnection) -> None:
+    before = await backend(kept)
+    with pytest.raises(FencedError):
+        await write_history(kept, [deposit(1)], epoch=0)
     assert await backend(kept) == before
 
 
 async def test_a_connection_that_the_server_has_ended_is_made_anew(kept: KeptConnection, stores: Stores) -> None:
     await write_history(kept, [deposit(1)], epoch=1)
-    before, driver = await backend(kept), (await kept.open())[1]
+    before, driver = await backend(kept), await kept.open()
     owner = await asyncpg.connect(stores.owner_url)
     await owner.execute("SELECT pg_terminate_backend($1)", before)
     await owner.close()

@@ -78,3 +78,13 @@ async def test_writes_wait_for_a_replica_behind_sentinel_or_where_told(
     url: str, wanted: int | None, replicas: int
 ) -> None:
     assert StateStore(url, Settings(redis_wait_replicas=wanted)).batcher.replicas == replicas
+
+
+async def test_after_a_failover_a_connection_in_use_is_made_anew_before_it_is_used_again() -> None:
+    pool = sentinel.connection_pool(
+        "redis+sentinel://one:1,two:2?service=plimsoll", max_connections=2, timeout_seconds=1
+    )
+    used = pool.get_available_connection()
+    assert not used.should_reconnect()
+    await pool.disconnect(inuse_connections=False)  # as redis-py does when the sentinels name another master
+    assert used.should_reconnect()
