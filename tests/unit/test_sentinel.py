@@ -84,7 +84,7 @@ async def test_after_a_failover_a_connection_in_use_is_made_anew_before_it_is_us
     pool = sentinel.connection_pool(
         "redis+sentinel://one:1,two:2?service=plimsoll", max_connections=2, timeout_seconds=1
     )
-    used = pool.get_available_connection()
+    used = pool.get_available_connection()  # type: ignore[no-untyped-call]
     assert not used.should_reconnect()
     await pool.disconnect(inuse_connections=False)  # as redis-py does when the sentinels name another master
     assert used.should_reconnect()
