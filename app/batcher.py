@@ -170,24 +170,16 @@ class Batcher:
                 if waits:
                     self._release(held, confirmed=await _replicas_in(connection))
         except (RedisConnectionError, RedisTimeoutError, OSError, TimeoutError) as error:
-            missing = [*unanswered, *(answer for answer, _ in held)]
-            if connection is None:
-                _fail(missing, NotSentError(str(error)))
-            else:
-                # The answers that are missing may still arrive on this connection: it must not serve anybody else.
-                await connection.disconnect(nowait=True)
-                _fail(missing, RedisTimeoutError(str(error) or "no answer in time"))
+            await _give_up(
+                connection, [*unanswered, *(answer for answer, _ in held)], str(error) or "no answer in time"
+            )
             self._fail_waiting(str(error) or "Redis does not answer")
             # Those that are kept reach the same Redis, or reach it no more either: the next pipeline asks the pool.
             await self._give_back()
         except BaseException as error:
             # Our mistake, or the end of the loop: whoever waits must hear of it all the same.
             missing = [*unanswered, *(answer for answer, _ in held)]
-            if connection is None:
-                _fail(missing, NotSentError(repr(error)))
-            else:
-                await connection.disconnect(nowait=True)
-                _fail(missing, RedisTimeoutError(f"the call failed: {error!r}"))
+            await _give_up(connection, missing, f"the call failed: {error!r}")
             raise
         finally:
             if connection is not None:
@@ -222,6 +214,16 @@ class Batcher:
         waiting = [answer for _, answer in self._waiting]
         self._waiting.clear()
         _fail(waiting, NotSentError(reason))
+
+
+async def _give_up(connection: AbstractConnection | None, missing: list[asyncio.Future[Any]], reason: str) -> None:
+    """Fail the answers that are ``missing``: without a connection nothing was sent, else nobody knows."""
+    if connection is None:
+        _fail(missing, NotSentError(reason))
+        return
+    # They may still arrive on this connection: it must not serve anybody else.
+    await connection.disconnect(nowait=True)
+    _fail(missing, RedisTimeoutError(reason))
 
 
 async def _is_ready(connection: AbstractConnection) -> bool:
