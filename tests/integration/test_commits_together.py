@@ -12,7 +12,7 @@ from typing import Any, Final
 import pytest
 from redis.asyncio import Redis
 
-from app import database, errors, reconcile
+from app import background, database, errors, reconcile
 from app import redis_client as keys
 from app.booking import Booked, Booking
 from app.commit import COMMITS_PER_CALL
@@ -309,7 +309,7 @@ async def test_scripts_that_are_flushed_all_the_time_keep_nobody_from_trading(de
     flushing = asyncio.create_task(flush())
     for _ in range(50):
         booked(await desk.together(*(desk.trade(name, "buy", "0.001") for name in NAMES)))
-    flushing.cancel()
+    await background.end([flushing])
     assert await desk.differences() == []
 
 
