@@ -14,11 +14,15 @@ import httpx
 import pytest
 import redis.asyncio
 
+from app import database
 from app.api_keys import create_key, revoke_key, with_engine
+from app.booking import Booking
 from app.config import Settings, get_settings
 from app.direct_route import DirectWay
 from app.embedded import Stores
 from app.main import create_app
+from app.outbox import Outbox
+from app.redis_client import StateStore
 from app.verify import verify
 
 BTC_PERP: Final = "BTC-PERP"
@@ -146,6 +150,18 @@ async def eventually(
             return found
         assert time.monotonic() < deadline, f"waited {within_seconds} s for {what}"
         await asyncio.sleep(POLL_SECONDS)
+
+
+@asynccontextmanager
+async def booking_on(stores: Stores, settings: Settings) -> AsyncIterator[Booking]:
+    """One process's way to book on these stores, with the outbox running, without an API around it."""
+    store, engine = StateStore(stores.redis_url, settings), database.create_engine(stores.database_url)
+    outbox = Outbox(store, engine, settings)
+    await outbox.start()
+    yield Booking(store, outbox, settings)
+    await outbox.stop()
+    await store.close()
+    await engine.dispose()
 
 
 async def differences(stores: Stores) -> list[str]:

@@ -10,15 +10,14 @@ from typing import Any, Final
 
 import pytest
 
-from app import background, database
+from app import background
 from app import redis_client as keys
 from app.booking import Booking
 from app.config import Settings
 from app.embedded import Stores
-from app.outbox import Outbox
 from app.records import UNIT
-from app.redis_client import StateStore
 from app.services.trading import TransferOrder
+from tests.integration.desk import booking_on
 from watchdog import metrics
 from watchdog.refresh import Refresher
 from watchdog.sweep import Sweeper
@@ -66,42 +65,36 @@ def _sweeps() -> dict[str, float]:
 @pytest.fixture
 async def watch(stores: Stores, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Watch]:
     settings = settings.model_copy(update={"sweep_chunk_accounts": 2})
-    store, engine = StateStore(stores.redis_url, settings), database.create_engine(stores.database_url)
-    outbox = Outbox(store, engine, settings)
-    await outbox.start()
-    booking = Booking(store, outbox, settings)
-    sweeper = Sweeper(booking, Refresher(booking))
-    made = Watch(booking, sweeper)
-    look_at, different_slots = sweeper._look_at, sweeper._columns._different_slots
+    async with booking_on(stores, settings) as booking:
+        sweeper = Sweeper(booking, Refresher(booking))
+        made = Watch(booking, sweeper)
+        look_at, different_slots = sweeper._look_at, sweeper._columns._different_slots
 
-    async def looked(*arguments: Any) -> Any:  # noqa: ANN401 - whatever the original takes
-        made.looked_at += 1
-        now, made.during_look = made.during_look, None
-        if now is not None:
-            now()
-        then, made.while_looking = made.while_looking, None
-        if then is not None:
-            await then()
-        return await look_at(*arguments)
+        async def looked(*arguments: Any) -> Any:  # noqa: ANN401 - whatever the original takes
+            made.looked_at += 1
+            now, made.during_look = made.during_look, None
+            if now is not None:
+                now()
+            then, made.while_looking = made.while_looking, None
+            if then is not None:
+                await then()
+            return await look_at(*arguments)
 
-    async def audited() -> Any:  # noqa: ANN401 - whatever the original answers
-        made.audited.append(sweeper._columns._audit_slot)
-        return await different_slots()
+        async def audited() -> Any:  # noqa: ANN401 - whatever the original answers
+            made.audited.append(sweeper._columns._audit_slot)
+            return await different_slots()
 
-    monkeypatch.setattr(sweeper, "_look_at", looked)
-    monkeypatch.setattr(sweeper._columns, "_different_slots", audited)
-    await made.mark("50000")
-    for name in NAMES:
-        await booking.book_transfer(TransferOrder(name, "deposit", Decimal(1)), client_transfer_id=None)
-    running = asyncio.create_task(sweeper.run())
-    await sweeper.request("subscribe")
-    await sweeper.request("subscribe")
-    made.count()
-    yield made
-    await background.end([running])
-    await outbox.stop()
-    await store.close()
-    await engine.dispose()
+        monkeypatch.setattr(sweeper, "_look_at", looked)
+        monkeypatch.setattr(sweeper._columns, "_different_slots", audited)
+        await made.mark("50000")
+        for name in NAMES:
+            await booking.book_transfer(TransferOrder(name, "deposit", Decimal(1)), client_transfer_id=None)
+        running = asyncio.create_task(sweeper.run())
+        await sweeper.request("subscribe")
+        await sweeper.request("subscribe")
+        made.count()
+        yield made
+        await background.end([running])
 
 
 async def test_a_mark_that_comes_while_the_timers_sweep_looks_at_its_rows_makes_one_sweep_of_both(watch: Watch) -> None:
@@ -133,25 +126,15 @@ async def test_whoever_asked_for_either_waits_for_the_sweep_of_both_at_the_newer
     assert await watch.counted() == {"timer": 1, "mark": 1}
 
 
-async def test_it_is_overtaken_once(watch: Watch) -> None:
-    def mark_and_mark_again() -> None:
-        watch.sweeper.notify("mark")
-        watch.during_look = lambda: watch.sweeper.notify("mark")
+@pytest.mark.parametrize(("trigger", "sweeps"), [("mark", {"timer": 1, "mark": 2}), ("timer", {"timer": 2, "mark": 0})])
+async def test_it_is_overtaken_once_whoever_asks(watch: Watch, trigger: str, sweeps: dict[str, float]) -> None:
+    def ask_and_ask_again() -> None:
+        watch.sweeper.notify(trigger)
+        watch.during_look = lambda: watch.sweeper.notify(trigger)
 
-    watch.during_look = mark_and_mark_again
+    watch.during_look = ask_and_ask_again
     await watch.sweeper.request("timer")
-    assert await watch.counted() == {"timer": 1, "mark": 2}
-    assert watch.looked_at == 3
-
-
-async def test_a_sweep_that_the_timer_asks_for_does_not_overtake_it_twice(watch: Watch) -> None:
-    def timer_and_timer_again() -> None:
-        watch.sweeper.notify("timer")
-        watch.during_look = lambda: watch.sweeper.notify("timer")
-
-    watch.during_look = timer_and_timer_again
-    await watch.sweeper.request("timer")
-    assert await watch.counted() == {"timer": 2, "mark": 0}
+    assert await watch.counted() == sweeps
     assert watch.looked_at == 3
 
 

@@ -11,14 +11,12 @@ from typing import Final
 
 import pytest
 
-from app import database
 from app import redis_client as keys
 from app.booking import Booking
 from app.config import Settings
 from app.embedded import Stores
-from app.outbox import Outbox
-from app.redis_client import StateStore
 from app.services.trading import TradeOrder, TransferOrder
+from tests.integration.desk import booking_on
 from watchdog import refresh
 from watchdog.refresh import ACCOUNTS_PER_CALL, Refresher
 from watchdog.sweep import Sweeper, Swept
@@ -57,21 +55,15 @@ class Keys:
 @pytest.fixture
 async def shown(stores: Stores, settings: Settings) -> AsyncIterator[Keys]:
     """Twenty accounts in the slots of their numbers, each with a position."""
-    store, engine = StateStore(stores.redis_url, settings), database.create_engine(stores.database_url)
-    outbox = Outbox(store, engine, settings)
-    await outbox.start()
-    booking = Booking(store, outbox, settings)
-    await booking.marks.set_mark(BTC, Decimal(50_000), confirm=True)
-    for name in NAMES:
-        deposit = TransferOrder(name, "deposit", Decimal(POOR if name in AT_RISK else RICH))
-        await booking.book_transfer(deposit, client_transfer_id=None)
-        await booking.book_trade(TradeOrder(name, BTC, "buy", Decimal(1), Decimal(50_000)), client_trade_id=None)
-    made = Keys(booking, [None] * len(NAMES))
-    assert await made.changed() == list(range(len(NAMES)))
-    yield made
-    await outbox.stop()
-    await store.close()
-    await engine.dispose()
+    async with booking_on(stores, settings) as booking:
+        await booking.marks.set_mark(BTC, Decimal(50_000), confirm=True)
+        for name in NAMES:
+            deposit = TransferOrder(name, "deposit", Decimal(POOR if name in AT_RISK else RICH))
+            await booking.book_transfer(deposit, client_transfer_id=None)
+            await booking.book_trade(TradeOrder(name, BTC, "buy", Decimal(1), Decimal(50_000)), client_trade_id=None)
+        made = Keys(booking, [None] * len(NAMES))
+        assert await made.changed() == list(range(len(NAMES)))
+        yield made
 
 
 @pytest.fixture

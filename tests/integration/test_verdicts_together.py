@@ -10,15 +10,13 @@ from typing import Final
 import asyncpg
 import pytest
 
-from app import database
 from app import redis_client as keys
 from app.booking import Booking
 from app.columns import Chunk, read_chunk, screen
 from app.config import Settings
 from app.embedded import Stores
-from app.outbox import Outbox
-from app.redis_client import StateStore
 from app.services.trading import TradeOrder, TransferOrder
+from tests.integration.desk import booking_on
 from watchdog.breaches import BreachBook, Settled
 
 BTC: Final = "BTC-PERP"
@@ -28,20 +26,14 @@ CROWD: Final = [f"account-{number}" for number in range(7)]
 @pytest.fixture
 async def booking(stores: Stores, settings: Settings) -> AsyncIterator[Booking]:
     """Seven accounts long 0.9 BTC from 50,000 with 10,000 each, all of them candidates at 43,000: 3,700 below 3,870."""
-    store, engine = StateStore(stores.redis_url, settings), database.create_engine(stores.database_url)
-    outbox = Outbox(store, engine, settings)
-    await outbox.start()
-    made = Booking(store, outbox, settings)
-    await made.marks.set_mark(BTC, Decimal(50_000), confirm=True)
-    for name in CROWD:
-        await made.book_transfer(TransferOrder(name, "deposit", Decimal(10_000)), client_transfer_id=None)
-        order = TradeOrder(name, BTC, "buy", Decimal("0.9"), Decimal(50_000))
-        await made.book_trade(order, client_trade_id=None)
-    await made.marks.set_mark(BTC, Decimal(43_000), confirm=True)
-    yield made
-    await outbox.stop()
-    await store.close()
-    await engine.dispose()
+    async with booking_on(stores, settings) as made:
+        await made.marks.set_mark(BTC, Decimal(50_000), confirm=True)
+        for name in CROWD:
+            await made.book_transfer(TransferOrder(name, "deposit", Decimal(10_000)), client_transfer_id=None)
+            order = TradeOrder(name, BTC, "buy", Decimal("0.9"), Decimal(50_000))
+            await made.book_trade(order, client_trade_id=None)
+        await made.marks.set_mark(BTC, Decimal(43_000), confirm=True)
+        yield made
 
 
 async def read(booking: Booking) -> Chunk:
