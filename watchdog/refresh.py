@@ -33,6 +33,9 @@ ACCOUNTS_PER_CALL: Final = 8
 REST_TIMES: Final = 9
 """It rests so many times as long as a call took: each is a sync of the append-only file, and trades wait."""
 
+RESTS_SECONDS_MAX: Final = 2.0
+"""In a walk once around, however long its calls take where processors are short: the keys are not to fall behind."""
+
 PIECE_ROWS_MAX: Final = 16_384
 """A mark waits for the look at so many rows as well."""
 
@@ -66,7 +69,8 @@ class Refresher:
             readable = [index for index in indices if piece.first_slot + index not in swept.quarantined]
             await self._write(piece, readable, swept)
             passed += len(piece)
-            self._rested = time.monotonic() + REST_TIMES * (time.monotonic() - began)
+            now = time.monotonic()
+            self._rested = now + min(REST_TIMES * (now - began), RESTS_SECONDS_MAX * len(piece) / accounts)
 
     def _next_piece(self, chunks: Sequence[Chunk], accounts: int, rows: int) -> Chunk:
         """So many rows after those of the last piece, fewer at the end of a chunk; after the last row, the first."""

@@ -11,7 +11,6 @@ from tests.conftest import SystemFactory
 from tests.integration.desk import BTC_PERP, Desk, eventually
 
 ACCOUNTS = 1_000
-NEAR_ENOUGH_SECONDS = 5.0
 
 
 async def write_accounts(client: redis.asyncio.Redis) -> list[str]:
@@ -52,4 +51,4 @@ async def test_after_a_sweep_the_keys_of_1000_accounts_equal_what_get_positions_
         texts = await redis_client.mget(keys)
         return dict(zip(names, zip(texts[::2], texts[1::2], strict=True), strict=True)) == shown
 
-    await eventually(keys_are_right, "the keys of all accounts", within_seconds=NEAR_ENOUGH_SECONDS)
+    await eventually(keys_are_right, "the keys of all accounts")

@@ -113,6 +113,7 @@ async def test_nothing_is_written_before_its_rest_is_over_if_a_sweep_was_asked_f
     shown: Keys, asked: asyncio.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(refresh, "REST_TIMES", 1_000_000)
+    monkeypatch.setattr(refresh, "RESTS_SECONDS_MAX", 1_000_000)
     refresher = shown.refresher(budget=len(NAMES))
     await refresher.refresh(await shown.swept_at("49999"), asked=asked)
     assert len(await shown.changed()) == ACCOUNTS_PER_CALL
@@ -124,6 +125,7 @@ async def test_a_sweep_asked_for_while_it_rests_is_not_kept_waiting(
     shown: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(refresh, "REST_TIMES", 1_000_000)
+    monkeypatch.setattr(refresh, "RESTS_SECONDS_MAX", 1_000_000)
     refresher, asked = shown.refresher(budget=len(NAMES)), asyncio.Event()
     swept = await shown.swept_at("49999")
     asyncio.get_running_loop().call_later(0.05, asked.set)
