@@ -180,7 +180,7 @@ class Outbox:
             length, oldest, (seconds, microseconds) = await pipeline.execute()
         if not oldest:
             return OutboxState(entries=length, oldest_age_seconds=0.0)
-        age_us = seconds * 1_000_000 + microseconds - int(oldest[0][1][b"time"])
+        age_us = seconds * 1_000_000 + microseconds - entry_from_stream(*oldest[0]).time_us
         return OutboxState(entries=length, oldest_age_seconds=max(0.0, age_us / 1_000_000))
 
     async def drain(self, *, older_than_seconds: float = 0.0) -> int:
@@ -379,17 +379,19 @@ class Outbox:
 
 def entry_from_stream(entry_id: bytes, fields: dict[bytes, bytes]) -> HistoryEntry:
     """The entry that a commit script appended. Raises ``KeyError`` or ``ValueError`` for anything else."""
-    kind = fields[b"kind"].decode()
+    ((field, value),) = fields.items()
+    kind = field.decode()
     if kind not in HISTORY:
         raise KeyError(kind)
+    account_id, seq, epoch, time_us, body = value.split(b"\n", 4)
     return HistoryEntry(
         id=int(entry_id.partition(b"-")[0]),
         kind=kind,
-        account_id=fields[b"account"].decode(),
-        seq=int(fields[b"seq"]),
-        epoch=int(fields[b"epoch"]),
-        time_us=int(fields[b"time"]),
-        body=fields[b"body"],
+        account_id=account_id.decode(),
+        seq=int(seq),
+        epoch=int(epoch),
+        time_us=int(time_us),
+        body=body,
     )
 
 

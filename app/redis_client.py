@@ -29,7 +29,7 @@ from app.sentinel import connection_pool, is_sentinel_url
 
 log = structlog.get_logger(__name__)
 
-LAYOUT_VERSION: Final = 3
+LAYOUT_VERSION: Final = 4
 """Moves on when keys or scripts change so that an older release must not write beside a newer."""
 
 MARK_CHANNEL: Final = "mark_price"

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from app import background, errors, failpoints
 from app import redis_client as keys
 from app.booking import Booking
-from app.columns import Chunk, ScreenedChunk, account_names
+from app.columns import INT64, Chunk, ScreenedChunk, account_names
 from app.evidence import liquidation_body, recovery_body
 from app.history import HistoryEntry
 from app.numbers import format_decimal
@@ -39,6 +39,8 @@ SETTLING_AT_ONCE: Final = 2
 
 VERDICTS_PER_CALL: Final = 150
 """A script holds up everybody else at Redis for as long as it runs."""
+
+_NO_SLOT: Final = -1
 
 log = structlog.get_logger(__name__)
 
@@ -102,23 +104,31 @@ _Outcome = HistoryEntry | str | None
 class _Verdicts:
     """What is to be recorded of accounts judged at one mark version, a list of each part.
 
-    ``breaches`` are those that the accounts were in when they were judged: one that was in none (0) has one now, of any
-    other it ends. ``fields`` are those of the positions key, each with its value.
+    ``slots`` are those where the accounts were found in ``epoch``. ``breaches`` are those that the accounts were in
+    when they were judged: one that was in none (0) has one now, of any other it ends. ``positions`` are the values of
+    the positions key in each of ``symbols``, nothing where it is flat.
     """
 
     mark_version: int
+    symbols: Sequence[str]
+    epoch: str = ""
     accounts: list[str] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
     breaches: list[int] = field(default_factory=list)
-    balances: list[str | bytes] = field(default_factory=list)
-    fields: list[tuple[str | bytes, ...]] = field(default_factory=list)
+    balances: list[bytes] = field(default_factory=list)
+    positions: list[tuple[bytes, ...]] = field(default_factory=list)
     bodies: list[bytes] = field(default_factory=list)
 
-    def add(self, account_id: str, judged: _Judged, body: bytes) -> None:
+    def add(self, account_id: str, judged: _Judged, body: bytes, *, slot: int = _NO_SLOT) -> None:
         """Append the verdict on an account by itself."""
+        held = judged.account.positions
         self.accounts.append(account_id)
+        self.slots.append(slot)
         self.breaches.append(judged.breach)
-        self.balances.append(format_decimal(judged.account.balance))
-        self.fields.append(_record_texts(judged.account))
+        self.balances.append(format_decimal(judged.account.balance).encode())
+        self.positions.append(
+            tuple(encode_position(held[symbol]).encode() if symbol in held else b"" for symbol in self.symbols)
+        )
         self.bodies.append(body)
 
     def parts(self, size: int) -> Iterator[_Verdicts]:
@@ -127,10 +137,13 @@ class _Verdicts:
             some = slice(first, first + size)
             yield _Verdicts(
                 self.mark_version,
+                self.symbols,
+                self.epoch,
                 self.accounts[some],
+                self.slots[some],
                 self.breaches[some],
                 self.balances[some],
-                self.fields[some],
+                self.positions[some],
                 self.bodies[some],
             )
 
@@ -146,12 +159,15 @@ class _Verdicts:
         """The verdicts as the script takes them."""
         return [
             self.mark_version,
+            self.epoch,
+            len(self.symbols),
+            *self.symbols,
+            _packed(self.slots),
+            _packed(self.breaches),
             *self.accounts,
-            *(breach or "" for breach in self.breaches),
             *self.balances,
             *self.bodies,
-            *(len(fields) // 2 for fields in self.fields),
-            *chain.from_iterable(self.fields),
+            *chain.from_iterable(self.positions),
         ]
 
     def entries(self, epoch: int, time_us: int, first_id: int, answers: Sequence[object]) -> Iterator[_Outcome]:
@@ -219,12 +235,16 @@ class BreachBook:
         rows = chunk.rows(indices)
         found = judge_rows(rows, self._booking.contracts, restore_at=self._booking.settings.restore_at)
         written = found.written
+        slots = (chunk.first_slot + indices).tolist()
         verdicts = _Verdicts(
             chunk.marks.version,
+            list(self._booking.contracts),
+            chunk.marks.epoch,
             accounts=[names[row] for row in written.rows],
+            slots=[slots[row] for row in written.rows],
             breaches=rows.breach[written.rows].tolist(),
             balances=written.balances,
-            fields=written.fields,
+            positions=written.positions,
             bodies=written.bodies,
         )
         unchanged = found.judged.copy()
@@ -235,7 +255,7 @@ class BreachBook:
             if (body := self._body(judged)) is None:
                 settled.candidates += int(judged.is_candidate)
             else:
-                verdicts.add(names[row], judged, body)
+                verdicts.add(names[row], judged, body, slot=slots[row])
         return settled, verdicts
 
     def _judge(self, account: Account, chunk: Chunk, breach: int) -> _Judged:
@@ -258,7 +278,7 @@ class BreachBook:
                 body = self._body(judged)
                 if body is None:
                     return Settled(candidates=int(candidate), breaches_more=in_breach - was_in_breach)
-                verdict = _Verdicts(judged.mark_version)
+                verdict = _Verdicts(judged.mark_version, list(self._booking.contracts))
                 verdict.add(name, judged, body)
                 (outcome,) = await self._record(verdict)
                 if outcome is not None:
@@ -339,6 +359,6 @@ class BreachBook:
         }
 
 
-def _record_texts(account: Account) -> tuple[str, ...]:
-    """The fields of the positions key as Plimsoll writes them, alternating with their values."""
-    return tuple(text for symbol, position in account.positions.items() for text in (symbol, encode_position(position)))
+def _packed(numbers: Sequence[int]) -> bytes:
+    """``numbers`` as they lie in a column."""
+    return np.array(numbers, dtype=INT64).tobytes()

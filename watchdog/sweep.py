@@ -299,7 +299,7 @@ class Sweeper:
         others = [
             entry_id
             for entry_id, fields in waiting
-            if fields.get(b"kind") in {b"liquidation", b"recovery"} and int(entry_id.partition(b"-")[0]) not in own
+            if fields.keys() & {b"liquidation", b"recovery"} and int(entry_id.partition(b"-")[0]) not in own
         ]
         if not others and len(waiting) < LEFT_OVER_READ_AT_ONCE:
             return

@@ -1,16 +1,17 @@
 -- Open or end the breaches of some accounts, each once, and only if the account is still the one that was judged.
 --
 -- Each verdict is judged on its own: one that is refused keeps no other from being recorded. All of them are checked
--- before the first is written. What lies close together in the list of accounts or in a column is read, and written,
--- by one command for all.
+-- before the first is written. What lies close together in the column is read and written by one command for all.
 --
 -- KEYS: state:epoch, state:run_id, history:last_id, outbox, columns:breach, accounts, counters:liquidations,
 --       counters:recoveries, columns:changed, then of all verdicts: account balances, positions, account ledgers
--- ARGV: signature, mark version judged at, then of all verdicts: accounts, breaches judged ('' for none: such a verdict
---       opens one, every other ends it), balances judged, bodies, numbers of positions judged, their fields and values
--- Answers ok epoch time, the id of the first row, and per verdict: the seq of its row (ids are given in the order of the
--- verdicts), stale (read and judge again), settled (another watchdog was first) or {wrong_type, key}. A refusal of the
--- guard is of all of them.
+-- ARGV: signature, mark version judged at, epoch that the slots are of, number of symbols, their names, then of all
+--       verdicts: slots of the accounts, packed (-1 for one that is not known), breaches judged, packed (0 for none:
+--       such a verdict opens one, every other ends it), accounts, balances judged, bodies, and of each its positions
+--       judged, one in each symbol ('' for flat)
+-- Answers ok epoch time, the id of the first row, and per verdict: the seq of its row (ids are given in the order of
+-- the verdicts), stale (read and judge again), settled (another watchdog was first) or {wrong_type, key}. A refusal of
+-- the guard is of all of them.
 local refused, epoch = refusal(KEYS[1], KEYS[2], ARGV[1])
 if refused then return refused end
 local kinds = {[5] = 'string', [6] = 'list', [7] = 'string', [8] = 'string'}
@@ -29,24 +30,39 @@ for i = 7, 8 do
 end
 
 local version = tonumber(ARGV[2])
+local symbols = {unpack(ARGV, 5, 4 + tonumber(ARGV[4]))}
+local slots_known, breaches = ARGV[5 + #symbols], ARGV[6 + #symbols]
 local count = (#KEYS - 9) / 3
 local positions, ledgers = 9 + count, 9 + 2 * count
-local accounts, breaches, judged, bodies, numbers = 2, 2 + count, 2 + 2 * count, 2 + 3 * count, 2 + 4 * count
+local accounts = 6 + #symbols
+local judged, bodies, records = accounts + count, accounts + 2 * count, accounts + 3 * count
 local balances = redis.call('MGET', unpack(KEYS, 10, 9 + count))
 
--- Whether the record held, names and values in any order, is the one in ARGV from first on, of so many positions.
-local function is_judged(held, first, number)
-  if #held ~= number * 2 then return false end
-  for i = first, first + number * 2 - 1, 2 do
-    local at = 1
-    while held[at] and held[at] ~= ARGV[i] do at = at + 2 end
-    if held[at + 1] ~= ARGV[i + 1] then return false end
+-- The breach that the i-th verdict was judged in, as the ledger has it.
+local function breach_judged(i)
+  local packed = string.sub(breaches, i * 8 - 7, i * 8)
+  if packed == '\0\0\0\0\0\0\0\0' then return '' end
+  return string.format('%d', struct.unpack('<i8', packed))
+end
+
+-- Whether the positions held, names and values in any order, are those that the i-th verdict was judged on.
+local function is_judged(held, i)
+  local known = 0
+  for number = 1, #symbols do
+    local value = ''
+    for at = 1, #held, 2 do
+      if held[at] == symbols[number] then
+        value = held[at + 1]
+        known = known + 2
+      end
+    end
+    if value ~= ARGV[records + (i - 1) * #symbols + number] then return false end
   end
-  return true
+  return known == #held
 end
 
 -- Why the verdict on the i-th account cannot be recorded, or the slot and seq that its ledger has.
-local function check(i, first, number)
+local function check(i)
   -- MGET answers nothing for a key of another type.
   local bad = not balances[i] and wrong_type(KEYS[9 + i], 'string')
   if bad then return bad end
@@ -58,61 +74,51 @@ local function check(i, first, number)
   local last_version = integer_of(ledger[4] or '0')
   if ledger[4] == '' then last_version = 0 end
   if not last_version then return {'wrong_type', KEYS[ledgers + i]} end
-  if (ledger[3] or '') ~= ARGV[breaches + i] then return 'settled' end
+  if (ledger[3] or '') ~= breach_judged(i) then return 'settled' end
   if last_version > version then return 'stale' end
-  if (balances[i] or '') ~= ARGV[judged + i] or not is_judged(held, first, number) then return 'stale' end
+  if (balances[i] or '') ~= ARGV[judged + i] or not is_judged(held, i) then return 'stale' end
   local slot, seq = integer_of(ledger[1] or ''), integer_of(ledger[2] or '')
   if not slot or not seq then return 'stale' end
   return nil, slot, seq
 end
 
--- The last of the verdicts from the first on that lie close together in the list of accounts, each behind the last one.
-local function close_to(first, slots)
-  local last = first
-  while slots[last + 1] and slots[last + 1] > slots[last] and slots[last + 1] - slots[last] <= 32 do last = last + 1 end
-  return last
+-- A slot that is not the account's own would write into another's row, or far beyond the end. Nobody takes an account
+-- out of the list within an epoch, so one that was read with its slot is not looked up again.
+local function has_slot(i, slot, packed)
+  if ARGV[3] == epoch and string.sub(slots_known, i * 8 - 7, i * 8) == packed then return true end
+  return redis.call('LINDEX', KEYS[6], slot) == ARGV[accounts + i]
 end
 
-local outcomes, found, slots, seqs, seen = {}, {}, {}, {}, {}
-local first = numbers + count + 1
+local outcomes, accepted, places, changed, seen = {}, {}, {}, {}, {}
 for i = 1, count do
-  local number = tonumber(ARGV[numbers + i])
-  local bad, slot, seq = check(i, first, number)
+  local bad, slot, seq = check(i)
   -- An account that the list of accounts names twice has two rows, and one breach.
   if seen[ARGV[accounts + i]] then bad = 'stale' end
   seen[ARGV[accounts + i]] = true
-  outcomes[i] = bad
+  local packed = not bad and struct.pack('<i8', slot)
+  if packed and not has_slot(i, slot, packed) then bad = {'wrong_type', KEYS[ledgers + i]} end
   if not bad then
-    found[#found + 1] = i
-    slots[#found], seqs[#found] = slot, seq
+    accepted[#accepted + 1] = i
+    places[#accepted], changed[#accepted] = slot, packed
   end
-  first = first + number * 2
+  outcomes[i] = bad or seq + 1
 end
 
--- A slot that is not the account's own would write into another's row, or far beyond the end.
-local accepted, places = {}, {}
-local from = 1
-while from <= #found do
-  local last = close_to(from, slots)
-  local names = redis.call('LRANGE', KEYS[6], slots[from], slots[last])
-  for at = from, last do
-    local i = found[at]
-    if names[slots[at] - slots[from] + 1] == ARGV[accounts + i] then
-      accepted[#accepted + 1] = i
-      places[#accepted], outcomes[i] = slots[at], seqs[at] + 1
-    else
-      outcomes[i] = {'wrong_type', KEYS[ledgers + i]}
-    end
+-- The last of the rows from the first on that lie close together in the column, each behind the last one.
+local function close_to(first)
+  local last = first
+  while places[last + 1] and places[last + 1] > places[last] and places[last + 1] - places[last] <= 32 do
+    last = last + 1
   end
-  from = last + 1
+  return last
 end
 
 -- Everything is checked; from here on only writes. The first may still be refused for want of memory, the others not.
 local time = now_us()
-local opened, changed, packed = 0, {}, {}
+local opened, packed = 0, {}
 for at, i in ipairs(accepted) do
   local seq, id, kind = string.format('%d', outcomes[i]), first_id + at - 1, 'recovery'
-  if ARGV[breaches + i] == '' then kind = 'liquidation' end
+  if breach_judged(i) == '' then kind = 'liquidation' end
   local text = append_history(KEYS[4], id, kind, ARGV[accounts + i], seq, epoch, time, ARGV[bodies + i])
   if kind == 'liquidation' then
     redis.call('HSET', KEYS[ledgers + i], 'seq', seq, 'breach', text, 'breach_at', time, 'breach_version', ARGV[2])
@@ -122,11 +128,10 @@ for at, i in ipairs(accepted) do
     redis.call('HSET', KEYS[ledgers + i], 'seq', seq, 'breach', '', 'breach_at', '', 'breach_version', ARGV[2])
     packed[at] = '\0\0\0\0\0\0\0\0'
   end
-  changed[at] = struct.pack('<i8', places[at])
 end
-from = 1
+local from = 1
 while from <= #accepted do
-  local last = close_to(from, places)
+  local last = close_to(from)
   local begin = places[from] * 8
   local column = redis.call('GETRANGE', KEYS[5], begin, places[last] * 8 + 7)
   local parts, kept = {}, 1

@@ -56,11 +56,12 @@ local function now_us()
   return string.format('%d%06d', time[1], time[2])
 end
 
--- History waits here for Postgres. The entry's id is the row's, so that deleting it needs no second name.
+-- History waits here for Postgres. The entry's id is the row's, so that deleting it needs no second name. Its one field
+-- is named by the kind of the row and holds the rest, a line each: every word more is made, handed on and synced.
 local function append_history(outbox_key, id, kind, account, seq, epoch, time, body)
   local text = string.format('%d', id)
-  redis.call('XADD', outbox_key, text .. '-0', 'kind', kind, 'account', account, 'seq', seq, 'epoch', epoch,
-    'time', time, 'body', body)
+  redis.call('XADD', outbox_key, text .. '-0', kind,
+    string.format('%s\n%d\n%s\n%s\n%s', account, seq, epoch, time, body))
   return text
 end
 

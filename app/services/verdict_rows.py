@@ -40,12 +40,13 @@ Kind = Literal["liquidation", "recovery"]
 class WrittenVerdicts:
     """What is to be recorded of some of the rows that were judged, a list of each part, in the order of ``rows``.
 
-    ``fields`` are those of the positions key, each with its value, and ``bodies`` the evidence.
+    ``positions`` are the values of the positions key in each symbol, nothing where it is flat, and ``bodies`` the
+    evidence.
     """
 
     rows: list[int] = field(default_factory=list)
-    balances: list[str | bytes] = field(default_factory=list)
-    fields: list[tuple[str | bytes, ...]] = field(default_factory=list)
+    balances: list[bytes] = field(default_factory=list)
+    positions: list[tuple[bytes, ...]] = field(default_factory=list)
     bodies: list[bytes] = field(default_factory=list)
 
 
@@ -65,7 +66,10 @@ def judge_rows(chunk: Chunk, contracts: Mapping[str, Contract], *, restore_at: R
     for symbol, cost in chunk.cost.items():
         fits &= (held == 1) & ((chunk.quantity[symbol] != 0) | (cost == 0))
     found = JudgedRows(judged=fits, candidate=np.zeros(len(chunk), dtype=np.bool_))
+    symbols = list(contracts)
     for symbol, price in chunk.marks.prices.items():
+        number = symbols.index(symbol)
+        before, behind = (b"",) * number, (b"",) * (len(symbols) - number - 1)
         (rows,) = np.nonzero(fits & (chunk.quantity[symbol] != 0))
         if not len(rows):
             continue
@@ -87,7 +91,7 @@ def judge_rows(chunk: Chunk, contracts: Mapping[str, Contract], *, restore_at: R
                 found.written.rows += rows[chosen].tolist()
                 found.written.bodies += texts[::TEXTS_PER_VERDICT]
                 found.written.balances += texts[1::TEXTS_PER_VERDICT]
-                found.written.fields += [(symbol, position) for position in texts[2::TEXTS_PER_VERDICT]]
+                found.written.positions += [(*before, position, *behind) for position in texts[2::TEXTS_PER_VERDICT]]
     return found
 
 

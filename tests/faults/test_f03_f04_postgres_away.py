@@ -12,7 +12,7 @@ from typing import Any, Final
 from app import database, errors
 from app import redis_client as keys
 from app.booking import Booking
-from app.outbox import Outbox
+from app.outbox import Outbox, entry_from_stream
 from app.redis_client import StateStore
 from app.services.trading import TransferOrder
 from tests.faults.cell import Cell, until
@@ -66,7 +66,7 @@ async def _recorded_up_to_now(cell: Cell) -> bool:
     """Whether nothing waits that is older than a second: under load something younger always does."""
     seconds, microseconds = await cell.client.time()
     oldest: Any = await cell.client.xrange(keys.OUTBOX, count=1)
-    return not oldest or seconds * 10**6 + microseconds - int(oldest[0][1][b"time"]) < 10**6
+    return not oldest or seconds * 10**6 + microseconds - entry_from_stream(*oldest[0]).time_us < 10**6
 
 
 async def test_a_full_outbox_refuses_in_steps_and_at_once_and_drops_nothing(

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from decimal import Decimal
-from typing import Final
+from typing import Any, Final
 
 import asyncpg
+import numpy as np
 import pytest
 
 from app import redis_client as keys
 from app.booking import Booking
-from app.columns import Chunk, read_chunk, screen
+from app.columns import INT64, Chunk, read_chunk, screen
 from app.config import Settings
 from app.embedded import Stores
 from app.services.trading import TradeOrder, TransferOrder
@@ -122,3 +123,38 @@ async def test_an_account_that_the_list_names_twice_has_one_breach(
     await booking.store.client.lset(keys.ACCOUNTS, 1, CROWD[0])
     await settle(booking, twice)
     assert await postgres.fetchval("SELECT count(*) FROM liquidations WHERE account_id = $1", CROWD[0]) == 1
+
+
+async def breaches(booking: Booking) -> list[int]:
+    """The column, in the order of the slots."""
+    packed: Any = await booking.store.client.get(keys.COLUMN_BREACH)
+    found: list[int] = np.frombuffer(packed, dtype=INT64).tolist()
+    return found
+
+
+async def lookups(booking: Booking) -> int:
+    commands: Any = await booking.store.client.info("commandstats")
+    return int(commands.get("cmdstat_lindex", {"calls": 0})["calls"])
+
+
+@pytest.mark.parametrize(("epoch", "looked_up"), [(None, 0), ("0", len(CROWD))], ids=["its own epoch", "another"])
+async def test_a_slot_read_with_its_name_is_looked_up_again_only_in_another_epoch(
+    booking: Booking, epoch: str | None, looked_up: int
+) -> None:
+    chunk = await read(booking)
+    marks = chunk.marks if epoch is None else replace(chunk.marks, epoch=epoch)
+    before = await lookups(booking)
+    settled = await settle(booking, replace(chunk, marks=marks))
+    assert names(settled.opened) == CROWD
+    assert await lookups(booking) == before + looked_up
+    assert await breaches(booking) == [entry.id for entry in settled.opened]
+
+
+@pytest.mark.parametrize("slot", ["1", "6", "7", "999999"])
+async def test_a_ledger_that_names_another_slot_sets_its_account_apart(booking: Booking, slot: str) -> None:
+    chunk = await read(booking)
+    await booking.store.client.hset(keys.ledger_key(CROWD[0]), "slot", slot)
+    settled = await settle(booking, chunk)
+    assert names(settled.opened) == CROWD[1:]
+    assert list(settled.quarantined) == [CROWD[0]]
+    assert await breaches(booking) == [0, *(entry.id for entry in settled.opened)]

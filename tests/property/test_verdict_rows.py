@@ -14,7 +14,6 @@ from app.contracts import Contract
 from app.evidence import liquidation_body, recovery_body
 from app.numbers import format_decimal, from_units
 from app.records import encode_position
-from app.redis_client import as_text
 from app.services import trading
 from app.services.report_rows import encode_rows
 from app.services.trading import Account, Position, RestoreAt
@@ -46,17 +45,17 @@ def alone(chunk: Chunk, index: int, restore_at: RestoreAt) -> tuple[bool, tuple[
         body = liquidation_body(account, valued, prices=prices, mark_version=chunk.marks.version)
     if kind is None:
         return candidate, None
-    fields = [text for symbol, held in account.positions.items() for text in (symbol, encode_position(held))]
-    return candidate, (kind, format_decimal(account.balance), fields, body)
+    held = [encode_position(account.positions[symbol]) if symbol in account.positions else "" for symbol in CONTRACTS]
+    return candidate, (kind, format_decimal(account.balance), held, body)
 
 
 def check(chunk: Chunk, restore_at: RestoreAt) -> int:
     """Compare every row that was judged with the account alone; answers how many verdicts there were."""
     found = judge_rows(chunk, CONTRACTS, restore_at=restore_at)
     written, texts = found.written, {}
-    for row, balance, fields, body in zip(written.rows, written.balances, written.fields, written.bodies, strict=True):
+    for row, balance, held, body in zip(written.rows, written.balances, written.positions, written.bodies, strict=True):
         kind = "recovery" if chunk.breach[row] else "liquidation"
-        texts[row] = (kind, as_text(balance), [as_text(text) for text in fields], body)
+        texts[row] = (kind, balance.decode(), [text.decode() for text in held], body)
     for index in range(len(chunk)):
         if found.judged[index]:
             assert (bool(found.candidate[index]), texts.get(index)) == alone(chunk, index, restore_at)

@@ -125,8 +125,8 @@ MUTANTS: Final = (
         "F17",
         "test_f17 and two_and_three",
         "app/scripts/breach.lua",
-        "if (ledger[3] or '') ~= ARGV[breaches + i] then return 'settled' end",
-        "if ARGV[breaches + i] ~= '' and (ledger[3] or '') ~= ARGV[breaches + i] then return 'settled' end",
+        "if (ledger[3] or '') ~= breach_judged(i) then return 'settled' end",
+        "if breach_judged(i) ~= '' and (ledger[3] or '') ~= breach_judged(i) then return 'settled' end",
         "whoever comes second opens the breach again",
     ),
     Mutant(
