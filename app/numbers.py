@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-from decimal import Context, Decimal, DivisionByZero, Inexact, InvalidOperation, Overflow, getcontext, localcontext
+from decimal import Context, Decimal, DivisionByZero, Inexact, InvalidOperation, Overflow, getcontext, setcontext
 from typing import Final, ParamSpec, TypeVar
 
 DECIMAL_PLACES: Final = 8
@@ -14,10 +14,7 @@ UNITS_PER_ONE: Final = 10**DECIMAL_PLACES
 DIGITS_MAX: Final = 40
 """The longest text of a number that is read at all; it bounds the work that a hostile one can cause."""
 
-EXACT_DIGITS: Final = 60
-"""No other context here has this precision, so it tells that of exact money."""
-
-EXACT: Final = Context(prec=EXACT_DIGITS, traps=[Inexact, InvalidOperation, DivisionByZero, Overflow])
+EXACT: Final = Context(prec=60, traps=[Inexact, InvalidOperation, DivisionByZero, Overflow])
 """Sixty digits hold every product of this service; whatever would still be rounded raises ``Inexact``."""
 
 _PLAIN_NUMBER: Final = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2})?", re.ASCII)
@@ -29,15 +26,20 @@ Result = TypeVar("Result")
 def exact(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """Run ``function`` in the EXACT context: a rounding nobody asked for raises ``decimal.Inexact``.
 
-    Where an exact function has called it, that context is there already: entering one costs as much as a small sum.
+    Where an exact function has called it, that context is there already. It is set as it is, not as a copy, which costs
+    as much as a small sum: nothing here changes a context.
     """
 
     @functools.wraps(function)
     def in_exact_context(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        if getcontext().prec == EXACT_DIGITS:
+        outside = getcontext()
+        if outside is EXACT:
             return function(*args, **kwargs)
-        with localcontext(EXACT):
+        setcontext(EXACT)
+        try:
             return function(*args, **kwargs)
+        finally:
+            setcontext(outside)
 
     return in_exact_context
 
