@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from app import errors
 from app.contracts import AMOUNT_LIMIT, Contract
@@ -22,8 +22,9 @@ TransferKind = Literal["deposit", "withdrawal"]
 RestoreAt = Literal["initial", "maintenance"]
 
 
-@dataclass(frozen=True, slots=True)
-class Position:
+# A named tuple, as ``Fill`` and the decisions below: a frozen dataclass takes up to twice as long to make, and
+# four times as long to compare.
+class Position(NamedTuple):
     """What is open in one symbol: signed ``quantity`` in coins, ``cost`` in USDT with the same sign."""
 
     quantity: Decimal = ZERO
@@ -103,8 +104,7 @@ class TransferOrder:
         return self.amount if self.kind == "deposit" else -self.amount
 
 
-@dataclass(frozen=True, slots=True)
-class Fill:
+class Fill(NamedTuple):
     """What a trade does to one position; ``closed`` and ``opened`` are its signed parts, in coins."""
 
     position: Position
@@ -113,8 +113,7 @@ class Fill:
     opened: Decimal
 
 
-@dataclass(frozen=True, slots=True)
-class TradeDecision:
+class TradeDecision(NamedTuple):
     """An accepted trade: the account after it, and the margin it then has at the marks decided on."""
 
     account: Account
@@ -123,8 +122,7 @@ class TradeDecision:
     margin: AccountMargin[Decimal]
 
 
-@dataclass(frozen=True, slots=True)
-class TransferDecision:
+class TransferDecision(NamedTuple):
     """An accepted transfer; ``margin`` is None when a mark that an open position needs is missing."""
 
     account: Account
