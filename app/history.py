@@ -160,8 +160,10 @@ async def _insert(
     An id that is there with the same content is a row written before, and no news; the others are answered.
     """
     contradicted = []
-    for kind in HISTORY:
-        rows = sorted((entry for entry in entries if entry.kind == kind), key=lambda entry: entry.id)
+    rows_of: dict[str, list[HistoryEntry]] = {kind: [] for kind in HISTORY}
+    for entry in sorted(entries, key=lambda entry: entry.id):
+        rows_of[entry.kind].append(entry)
+    for kind, rows in rows_of.items():
         if not rows:
             continue
         inserted = await driver.fetch(_INSERT[kind], _as_array(rows), epoch, timeout=STATEMENT_TIMEOUT_SECONDS)
