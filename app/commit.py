@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
+from itertools import chain
 from typing import Any, Final
 
 import orjson
@@ -127,6 +128,7 @@ class Commits:
         self._outbox = outbox
         self._settings = settings
         self._symbols = list(contracts)
+        self._field_names = [symbol.encode() for symbol in contracts]
         self._shared_keys = [
             keys.STATE_EPOCH,
             keys.STATE_RUN_ID,
@@ -317,7 +319,12 @@ class Commits:
 
     def _fields_after(self, fields: tuple[bytes, ...], touched: list[_Touched]) -> tuple[bytes, ...]:
         """The fields of a positions hash after a commit that has ``touched`` some of them."""
-        held = dict(zip(fields[::2], fields[1::2], strict=True))
+        items = iter(fields)
+        held = dict(zip(items, items, strict=True))
         for number, encoded, _ in touched:
-            held[self._symbols[number - 1].encode()] = encoded
-        return tuple(item for field in held.items() if field[1] for item in field)
+            name = self._field_names[number - 1]
+            if encoded:
+                held[name] = encoded
+            else:
+                held.pop(name, None)
+        return tuple(chain.from_iterable(held.items()))
