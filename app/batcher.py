@@ -66,16 +66,7 @@ class Batcher:
         redis ``ConnectionError`` or ``TimeoutError`` when the command was sent and its outcome is unknown; one of
         these is ``NotReplicatedError``.
         """
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[Any] = loop.create_future()
-        if replicated and self.replicas:
-            self._to_replicate.add(answer)
-            answer.add_done_callback(self._to_replicate.discard)
-        self._waiting.append((command, answer))
-        if not self._scheduled:
-            self._scheduled = True
-            loop.call_soon(self._flush)
-        return answer
+        return self._send_soon(command, replicated=replicated)
 
     def defer(self, *command: str | bytes | float) -> asyncio.Future[Any]:
         """As ``execute``, for what nobody waits for: it goes with the next pipeline, or with its own after a while."""
@@ -96,13 +87,12 @@ class Batcher:
         replicated: bool = False,
     ) -> Any:  # noqa: ANN401  # whatever the script answers
         """The answer of the script ``text``, which Redis knows as ``sha`` once it has run. Raises as ``execute``."""
-        call = (len(keys), *keys, *arguments)
         try:
-            return await self.execute("EVALSHA", sha, *call, replicated=replicated)
+            return await self._send_soon(("EVALSHA", sha, len(keys), *keys, *arguments), replicated=replicated)
         except NoScriptError:
             # Redis answers this before it runs anything, so sending the call again cannot apply it twice. It goes with
             # the text: what was only loaded may be flushed before it is called.
-            return await self.execute("EVAL", text, *call, replicated=replicated)
+            return await self._send_soon(("EVAL", text, len(keys), *keys, *arguments), replicated=replicated)
 
     async def close(self) -> None:
         """Send what was deferred, wait for the pipelines in flight, and give the connections back."""
@@ -117,6 +107,19 @@ class Batcher:
             connection = self._kept.pop()
             await connection.disconnect(nowait=True)
             await self._pool.release(connection)
+
+    def _send_soon(self, command: Command, *, replicated: bool) -> asyncio.Future[Any]:
+        """As ``execute``; a command of a script has hundreds of arguments, which nobody copies on the way here."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Any] = loop.create_future()
+        if replicated and self.replicas:
+            self._to_replicate.add(answer)
+            answer.add_done_callback(self._to_replicate.discard)
+        self._waiting.append((command, answer))
+        if not self._scheduled:
+            self._scheduled = True
+            loop.call_soon(self._flush)
+        return answer
 
     def _flush(self) -> None:
         self._scheduled = False
