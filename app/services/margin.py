@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from decimal import ROUND_05UP, ROUND_HALF_EVEN, Context, Decimal, DivisionByZero, InvalidOperation
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar, overload
 
+from app.numbers import exact
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -91,6 +93,7 @@ class AccountMargin(Generic[Amount]):
     exposure: Exposure[Amount]
 
     @property
+    @exact
     def equity(self) -> Amount:
         """``balance + sum of unrealised pnl``."""
         return self.balance + self.exposure.unrealised_pnl
@@ -106,6 +109,7 @@ class AccountMargin(Generic[Amount]):
         return self.exposure.maintenance_margin
 
     @property
+    @exact
     def free_margin(self) -> Amount:
         """``equity - used margin``: what may be withdrawn or opened against."""
         return self.equity - self.exposure.used_margin

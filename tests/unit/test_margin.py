@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
+from app.contracts import AMOUNT_LIMIT
 from app.services import margin, trading
 from app.services.margin import NO_EXPOSURE, AccountMargin, Exposure
-from app.services.trading import Account
+from app.services.trading import Account, Position
 from tests.unit.cast import (
     ALICE_LINE,
     ALICE_LONG_1_BTC,
@@ -106,6 +108,16 @@ def test_the_margins_are_not_rounded() -> None:
     )
     assert speck.used_margin == Decimal("0.002469135780246")
     assert speck.maintenance_margin == Decimal("0.001234567890123")
+
+
+def test_the_margins_of_the_largest_account_in_the_smallest_lots_are_not_rounded() -> None:
+    """29 digits: one more than Python's decimals keep unless they are told to."""
+    contract = replace(CONTRACTS[BTC], lot_size=UNIT, tick_size=Decimal(1), initial_rate=Decimal("0.21"))
+    account = Account("big", AMOUNT_LIMIT, {BTC: Position(quantity=UNIT, cost=Decimal("0.1"))})
+    found = trading.account_margin(account, contracts={BTC: contract}, prices={BTC: Decimal("1.00000001")})
+    equity = Fraction(AMOUNT_LIMIT) + Fraction("0.0000000100000001") - Fraction("0.1")
+    assert Fraction(found.equity) == equity
+    assert Fraction(found.free_margin) == equity - Fraction("0.000000002100000021")
 
 
 def test_the_same_formula_serves_a_decimal_and_a_column() -> None:
