@@ -30,7 +30,7 @@ from app.start_refusal import say_refusal
 from watchdog.audit import Audit
 from watchdog.invariants import Invariants
 from watchdog.refresh import Refresher
-from watchdog.schedule import guard, start_timer
+from watchdog.schedule import AfterSweep, guard, start_timer
 from watchdog.server import create_server
 from watchdog.subscription import listen
 from watchdog.sweep import Sweeper
@@ -70,7 +70,6 @@ async def watch(settings: Settings) -> None:
 
     async def audit_unless_unavailable() -> None:
         try:
-            # The next timer's sweep waits for it.
             await audit.step(give_way=sweeper.idle, rest_seconds=settings.sweep_interval_seconds / 2)
         except (errors.Unavailable, RedisError, OSError) as error:
             log.warning("no audit", reason=str(error))
@@ -80,9 +79,11 @@ async def watch(settings: Settings) -> None:
         await store.check_durability(allow_unsafe=settings.allow_unsafe_redis)
     await outbox.start()
     spare_the_collector()
-    scheduler = start_timer(audit_unless_unavailable, sweeper, interval_seconds=settings.sweep_interval_seconds)
+    after_sweep = AfterSweep(audit_unless_unavailable)
+    scheduler = start_timer(after_sweep, sweeper, interval_seconds=settings.sweep_interval_seconds)
     tasks = [
         asyncio.create_task(sweeper.run(), name="sweeper"),
+        asyncio.create_task(after_sweep.run(), name="audit"),
         asyncio.create_task(listen(subscriber, sweeper), name="subscription"),
         asyncio.create_task(
             guard(sweeper, interval_seconds=settings.sweep_interval_seconds, scheduler=scheduler), name="guard"

@@ -2,6 +2,8 @@
 
 APScheduler follows the wall clock: after a step back it is silent until the clock has caught up. The guard looks at the
 loop's own clock, asks for the sweep that is missing, counts it, and sets the timer on the clock as it is now.
+
+The timer's job is the sweep and nothing else: while one runs APScheduler skips the next.
 """
 
 from __future__ import annotations
@@ -13,12 +15,15 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
+import structlog
 from apscheduler.events import EVENT_JOB_MAX_INSTANCES, EVENT_JOB_MISSED, JobEvent
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from apscheduler.triggers.interval import IntervalTrigger
 
 from watchdog import metrics
 from watchdog.sweep import Sweeper
+
+log = structlog.get_logger(__name__)
 
 JOB_ID: Final = "sweep"
 LATE_INTERVALS: Final = 1.5
@@ -42,16 +47,39 @@ class NextInterval(IntervalTrigger):  # type: ignore[misc]
         return following
 
 
-def start_timer(
-    after_sweep: Callable[[], Awaitable[None]], sweeper: Sweeper, *, interval_seconds: float
-) -> AsyncIOScheduler:
-    """Sweep every ``interval_seconds``, and run ``after_sweep`` after each; answers the running scheduler."""
+class AfterSweep:
+    """What is done after a timer's sweep, in a task of its own, so that the next sweep never waits for it.
+
+    One that takes longer than the interval is not begun again before a sweep that follows its end.
+    """
+
+    def __init__(self, step: Callable[[], Awaitable[None]]) -> None:
+        self._step = step
+        self._asked = asyncio.Event()
+
+    def ask(self) -> None:
+        """A timer's sweep has ended."""
+        self._asked.set()
+
+    async def run(self) -> None:
+        """Take one step whenever asked, until cancelled. One that fails is logged, and does not end it."""
+        while True:
+            await self._asked.wait()
+            try:
+                await self._step()
+            except Exception:
+                log.exception("what follows a sweep of the timer failed; it goes on")
+            self._asked.clear()
+
+
+def start_timer(after_sweep: AfterSweep, sweeper: Sweeper, *, interval_seconds: float) -> AsyncIOScheduler:
+    """Sweep every ``interval_seconds``, and have ``after_sweep`` run after each; answers the running scheduler."""
 
     async def sweep_on_time() -> None:
         # At shutdown APScheduler cancels the job and would log that as its failure.
         with suppress(asyncio.CancelledError):
             await sweeper.request("timer")
-            await after_sweep()
+            after_sweep.ask()
 
     scheduler = AsyncIOScheduler(timezone="UTC")
     scheduler.add_job(
