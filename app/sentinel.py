@@ -12,7 +12,7 @@ from typing import Any, Final
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from redis.asyncio import BlockingConnectionPool
-from redis.asyncio.connection import parse_url
+from redis.asyncio.connection import AbstractConnection, parse_url
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import (
     Sentinel,
@@ -21,6 +21,7 @@ from redis.asyncio.sentinel import (
     SentinelManagedSSLConnection,
 )
 from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.maint_notifications import MaintNotificationsConfig
 
 SCHEMES: Final = ("redis+sentinel://", "rediss+sentinel://")
@@ -55,6 +56,24 @@ class FollowingPool(SentinelConnectionPool, BlockingConnectionPool):
             await self.sentinel_manager.aclose()
         else:
             await self.update_active_connections_for_reconnect()  # type: ignore[no-untyped-call]
+
+
+class EndedIsLost:
+    """Before a connection of redis-py: one that has ended under uvloop is lost, as one that has ended under asyncio is.
+
+    To write to what was reset uvloop calls a ``RuntimeError``, which redis-py hands on and nobody expects: 500.
+    """
+
+    async def send_packed_command(self, command: Any, check_health: bool = True) -> None:  # noqa: ANN401, FBT001, FBT002 - as redis-py has it
+        """As redis-py's. Raises its ``ConnectionError``."""
+        try:
+            await super().send_packed_command(command, check_health)  # type: ignore[misc]
+        except RuntimeError as error:
+            raise RedisConnectionError(str(error)) from error
+
+
+def _ended_is_lost(connection_class: type[AbstractConnection]) -> type[AbstractConnection]:
+    return type(connection_class.__name__, (EndedIsLost, connection_class), {})
 
 
 def is_sentinel_url(url: str) -> bool:
@@ -109,7 +128,9 @@ def connection_pool(
     # no CLIENT at all, and each new connection would leave a line in its log of what it refused.
     options = {"driver_info": None, "maint_notifications_config": MaintNotificationsConfig(enabled=False), **options}
     if not is_sentinel_url(url):
-        return BlockingConnectionPool.from_url(url, max_connections=max_connections, timeout=timeout_seconds, **options)
+        pool = BlockingConnectionPool.from_url(url, max_connections=max_connections, timeout=timeout_seconds, **options)
+        pool.connection_class = _ended_is_lost(pool.connection_class)
+        return pool
     address = parse_sentinel_url(url)
     sentinels = Sentinel(  # type: ignore[no-untyped-call]
         address.sentinels,
@@ -120,13 +141,15 @@ def connection_pool(
             "retry": Retry(NoBackoff(), 0),
         },
     )
-    return FollowingPool(  # type: ignore[no-untyped-call]
+    follows = FollowingPool(  # type: ignore[no-untyped-call]
         address.service,
         sentinels,
         max_connections=max_connections,
         timeout=timeout_seconds,
         **{**options, **address.redis_options},
     )
+    follows.connection_class = _ended_is_lost(follows.connection_class)
+    return follows
 
 
 def _host_and_port(text: str) -> tuple[str, int]:

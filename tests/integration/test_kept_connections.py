@@ -9,7 +9,9 @@ from typing import Any
 import asyncpg
 import orjson
 import pytest
+import uvloop
 from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -20,6 +22,7 @@ from app.config import Settings
 from app.embedded import Stores
 from app.history import FENCE_LOCK, FencedError, HistoryEntry, KeptConnection, write_history
 from app.redis_client import StateStore
+from app.sentinel import connection_pool
 from tests.integration.desk import command, eventually
 
 TRANSFER: dict[str, Any] = {
@@ -159,3 +162,20 @@ async def test_a_connection_that_still_has_an_answer_to_give_serves_nobody(store
         await store.batcher.execute("ECHO", "late")
     await asyncio.sleep(0.5)
     assert await store.batcher.execute("ECHO", "mine") == b"mine"
+
+
+def test_to_write_to_what_was_reset_is_a_lost_connection_under_uvloop_too(stores: Stores) -> None:
+    """uvloop, which serves the API, raises a RuntimeError: a mark that met one was answered 500."""
+
+    async def write_after_the_end() -> None:
+        pool = connection_pool(stores.redis_url, max_connections=1, timeout_seconds=1)
+        connection: Any = await pool.get_connection()  # type: ignore[no-untyped-call]
+        connection._writer.transport.abort()
+        await asyncio.sleep(0.01)
+        with pytest.raises(RedisConnectionError):
+            await connection.send_command("PING", check_health=False)
+        await pool.release(connection)
+        await pool.disconnect()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(write_after_the_end())
