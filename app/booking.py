@@ -6,6 +6,7 @@ what is there. Nothing else ever writes an account.
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import Coroutine, Mapping
@@ -30,6 +31,7 @@ from app.outbox import Outbox
 from app.recent import Basis
 from app.records import RecordError, Snapshot, position_texts, snapshot_from
 from app.redis_client import StateStore
+from app.request_time import RequestTime
 from app.services import trading
 from app.services.trading import Account, Market, TradeOrder, TransferOrder
 from app.shared_accounts import SharedAccounts
@@ -38,8 +40,11 @@ ATTEMPTS_MAX: Final = 200
 """Of n simultaneous commits of one account one wins a round, so this is how many may meet; each round is two calls."""
 
 SLOW_CALL_SECONDS: Final = 0.1
-"""Where a call to Redis takes longer, many rounds are not within a request's time; nor is anything guessed, so that a
-stall meets a read first, which can be repeated, and not a commit of which nobody knows."""
+"""Where a call to Redis takes longer nothing is guessed, so that a stall meets a read first, which can be repeated, and
+not a commit of which nobody knows."""
+
+CALLS_PER_ATTEMPT: Final = 2
+"""A read and a commit."""
 
 log = structlog.get_logger(__name__)
 
@@ -233,36 +238,47 @@ class Booking:
         """Decide and commit on what this process knows, if it knows the account; else read first, until it held still.
 
         What is known is a guess: nothing is refused on it, and the commit compares all that it rests on. A fault on the
-        way carries ``identity``, by which its outcome can be asked for.
+        way carries ``identity``, by which its outcome can be asked for. All of it has one ``RequestTime``.
         """
         try:
+            allotted = RequestTime(self.store.request_seconds)
             guess = self._recent.take(account_id) if self.store.batcher.last_seconds < SLOW_CALL_SECONDS else None
-            started, truth = time.monotonic(), None
+            truth = None
             for _ in range(ATTEMPTS_MAX):
-                slow = self.store.batcher.last_seconds >= SLOW_CALL_SECONDS
-                if slow and time.monotonic() - started > self.store.call_seconds:
-                    break
                 basis, guess = guess, None
                 if basis is None:
-                    snapshot = truth or await self.read(account_id, operation=operation)
+                    if truth is None and not allotted.allows(CALLS_PER_ATTEMPT):
+                        break
+                    creates = content.get("kind") == "deposit"
+                    async with allotted.bound():
+                        snapshot = truth or await self._read_in_time(account_id, operation, allotted)
+                        basis = None if snapshot.operation else await self._basis_read(snapshot, creates=creates)
                     truth = None
                     if snapshot.operation:
-                        return await self._replayed(kind, account_id, operation, snapshot.operation, content, identity)
-                    basis = await self._basis_read(snapshot, creates=content.get("kind") == "deposit")
+                        return await self._replayed(
+                            kind, account_id, operation, snapshot.operation, content, identity, allotted
+                        )
                     if basis is None:
                         continue
+                if not allotted.allows(1):
+                    raise errors.StoreUnavailable("Redis is too slow for a commit in a request's time", reason="redis")
+                asked = time.monotonic()
                 try:
-                    outcome = await self._commits.commit(basis, decide, operation=operation)
+                    outcome = await self._commits.commit(
+                        basis, decide, operation=operation, until=allotted.committed_by
+                    )
                 except errors.Refusal:
                     if basis.guessed:
                         continue
                     raise
                 except errors.ColumnsShort:
-                    await self._rebuild_columns()
+                    async with allotted.bound():
+                        await self._rebuild_columns()
                     continue
                 if isinstance(outcome, bytes):
-                    return await self._replayed(kind, account_id, operation, outcome, content, identity)
+                    return await self._replayed(kind, account_id, operation, outcome, content, identity, allotted)
                 if isinstance(outcome, Moved):
+                    allotted.called(since=asked)
                     truth = outcome.snapshot
                     if truth is None:
                         metrics.CONFLICTS.inc()
@@ -271,7 +287,7 @@ class Booking:
                     continue
                 entry = outcome.entries[0]
                 if not outcome.recorded:
-                    await self._require_booked(operation, entry.id)
+                    await self._require_booked(operation, entry.id, allotted)
                 answer = answers.operation_answer(
                     kind,
                     account_id,
@@ -282,10 +298,18 @@ class Booking:
                     recorded=outcome.recorded,
                 )
                 return Booked("booked", answer)
-            raise errors.Contended(f"account {account_id} changed under every attempt", reason="contended")
+            raise errors.Contended(
+                f"account {account_id} changed under every attempt that its time allowed", reason="contended"
+            )
         except errors.Unavailable as error:
             error.members.update(identity)
             raise
+
+    async def _read_in_time(self, account_id: str, operation: str, allotted: RequestTime) -> Snapshot:
+        asked = time.monotonic()
+        snapshot = await self.read(account_id, operation=operation)
+        allotted.called(since=asked)
+        return snapshot
 
     async def _basis_read(self, snapshot: Snapshot, *, creates: bool) -> Basis | None:
         """What to decide on after a read; None where an edit by hand had to be adopted first: then read again."""
@@ -314,14 +338,15 @@ class Booking:
     async def _rebuild_columns(self) -> None:
         await self.column_repair.rebuild(patience_seconds=self.store.call_seconds)
 
-    async def _require_booked(self, operation: str, history_id: int) -> None:
+    async def _require_booked(self, operation: str, history_id: int, allotted: RequestTime) -> None:
         """Before a row that Postgres has not taken is acknowledged: Redis must still know it, and its replicas too.
 
         A Redis that came back without its last writes does not, and then nobody does.
         """
         remembered: bytes | None = None
-        with suppress(RedisError, OSError):
-            remembered = await self.store.batcher.execute("GET", operation, replicated=True)
+        with suppress(RedisError, OSError):  # a TimeoutError is an OSError
+            async with asyncio.timeout_at(allotted.ends):
+                remembered = await self.store.batcher.execute("GET", operation, replicated=True)
         if remembered is None or int(remembered.partition(b"\n")[0]) != history_id:
             raise errors.OutcomeUnknown(
                 "the row is not in history yet and Redis cannot vouch for it; ask for the operation id",
@@ -336,6 +361,7 @@ class Booking:
         remembered: bytes,
         content: Mapping[str, str],
         identity: Mapping[str, str],
+        allotted: RequestTime,
     ) -> Booked:
         """The first result of an operation id, if it was used for the same content."""
         try:
@@ -353,9 +379,9 @@ class Booking:
                 next={"resend": "the same request with a new operation id, or without one"},
                 **identity,
             )
-        recorded = await self.outbox.is_recorded(kind, int(history_id))
+        recorded = await self.outbox.is_recorded(kind, int(history_id), until=allotted.committed_by)
         if not recorded:
-            await self._require_booked(operation, int(history_id))
+            await self._require_booked(operation, int(history_id), allotted)
         answer = answers.operation_answer(
             kind,
             account_id,

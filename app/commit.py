@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -22,6 +23,7 @@ from app.outbox import Outbox
 from app.recent import Basis, KnownAccount, Recent
 from app.records import Snapshot, encode_position, pack, pack_position, snapshot_from
 from app.redis_client import StateStore
+from app.request_time import Deadlines
 from app.services import trading
 from app.services.margin import AccountMargin
 from app.services.trading import FLAT, Account, Market, Position
@@ -76,12 +78,14 @@ Outcome = Committed | Moved | bytes
 
 @dataclass(slots=True)
 class _Asked:
-    """A change that somebody waits for: what it is decided on, and how."""
+    """A change that somebody waits for: what it is decided on, how, until when, and what it has made so far."""
 
     basis: Basis
     decide: Decide
     operation: str
     answer: asyncio.Future[Outcome]
+    until: float
+    made: Committed | None = None
 
     def settle(self, outcome: Outcome) -> None:
         """Say what came of it, unless nobody waits any more."""
@@ -92,6 +96,21 @@ class _Asked:
         """Say that it failed, unless what came of it is known."""
         if not self.answer.done():
             self.answer.set_exception(error)
+
+    def is_done(self) -> bool:
+        """Whether nobody waits any more."""
+        return self.answer.done()
+
+    def run_out(self) -> None:
+        """Its time has: what is in Redis is committed, though Postgres may not have it; else nobody knows."""
+        if self.made is not None:
+            self.settle(self.made)
+        else:
+            self.fail(
+                errors.OutcomeUnknown(
+                    "Redis did not answer in time; ask for the operation id before sending anything new", reason="redis"
+                )
+            )
 
 
 @dataclass(slots=True)
@@ -152,18 +171,23 @@ class Commits:
         ]
         self._asked: list[_Asked] = []
         self._calls: set[asyncio.Task[None]] = set()
+        self._deadlines = Deadlines()
         self.recent = Recent(contracts, shared)
 
-    def commit(self, basis: Basis, decide: Decide, *, operation: str) -> asyncio.Future[Outcome]:
+    def commit(
+        self, basis: Basis, decide: Decide, *, operation: str, until: float = math.inf
+    ) -> asyncio.Future[Outcome]:
         """Decide on ``basis``, commit the change if the account is still so, and have Postgres record it.
 
-        Raises what ``decide`` and ``StateStore.run`` do.
+        Whoever waits is answered at ``until`` whatever the stores do. Raises what ``decide`` and ``StateStore.run`` do.
         """
         loop = asyncio.get_running_loop()
         if not self._asked:
             loop.call_soon(self._make_calls)
-        asked = _Asked(basis, decide, operation, loop.create_future())
+        asked = _Asked(basis, decide, operation, loop.create_future(), until)
         self._asked.append(asked)
+        if until < math.inf:
+            self._deadlines.watch(asked)
         return asked.answer
 
     def _make_calls(self) -> None:
@@ -178,15 +202,16 @@ class Commits:
         try:
             parts = [part for each in asked if (part := self._decided(each)) is not None]
             outcomes = await self._commit(parts) if parts else []
-            made = [
-                (part, entries)
-                for part, outcome in zip(parts, outcomes, strict=True)
-                if (entries := self._settled(part, outcome))
-            ]
+            made = []
+            for part, outcome in zip(parts, outcomes, strict=True):
+                if entries := self._settled(part, outcome):
+                    part.asked.made = committed = Committed(part.change, entries, recorded=False)
+                    made.append((part.asked, committed))
             # One answer for all of a call: where Postgres cannot take one of its rows, Redis vouches for the others.
-            recorded = bool(made) and await self._outbox.record([entry for _, entries in made for entry in entries])
-            for part, entries in made:
-                part.asked.settle(Committed(part.change, entries, recorded))
+            recorded = bool(made) and await self._outbox.record([entry for _, done in made for entry in done.entries])
+            for each, committed in made:
+                committed.recorded = recorded
+                each.settle(committed)
         except errors.Unavailable as error:
             for each in asked:
                 each.fail(error.another())

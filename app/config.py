@@ -90,6 +90,11 @@ class Settings(BaseSettings):
     operation_ttl_seconds: PositiveInt = 86_400
     allow_unsafe_redis: bool = False
 
+    @property
+    def request_seconds(self) -> float:
+        """How long a trade, a transfer or a mark may take, whatever both stores do: as long as the slower one may."""
+        return max(self.redis_timeout_seconds, self.record_timeout_seconds)
+
     @classmethod
     def settings_customise_sources(
         cls,

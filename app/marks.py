@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any, Final, NamedTuple
@@ -16,9 +17,12 @@ from app.history import timestamp_text
 from app.numbers import format_decimal
 from app.records import parse_mark
 from app.redis_client import StateStore
+from app.request_time import RequestTime
 from app.services import trading
 
 ATTEMPTS_MAX: Final = 50
+CALLS_PER_ATTEMPT: Final = 2
+"""A read and a commit."""
 
 log = structlog.get_logger(__name__)
 
@@ -52,12 +56,18 @@ class MarkBook:
     async def _set_mark(self, symbol: str, price: Decimal, *, confirm: bool) -> dict[str, Any]:
         contract = trading.contract_of(symbol, self._contracts)
         trading.check_amount(price, name="price", maximum=contract.price_max)
-        for _ in range(ATTEMPTS_MAX):
-            stored = await self._read(symbol)
+        allotted = RequestTime(self._store.request_seconds)
+        for tries in range(ATTEMPTS_MAX):
+            if tries and not allotted.allows(CALLS_PER_ATTEMPT):
+                break
+            asked = time.monotonic()
+            async with allotted.bound():
+                stored = await self._read(symbol)
+            allotted.called(since=asked)
             last = parse_mark(stored.text, contract)
             if last is not None and stored.accounts_open and not confirm:
                 self._check_jump(symbol, last=last, price=price)
-            accepted = await self._commit(symbol, stored, price)
+            accepted = await self._commit_in_time(allotted, symbol, stored, price)
             if accepted is not None:
                 version, time_us = accepted
                 return {
@@ -66,7 +76,9 @@ class MarkBook:
                     "timestamp": timestamp_text(time_us),
                     "version": version,
                 }
-        raise errors.Contended(f"the mark of {symbol} changed under {ATTEMPTS_MAX} attempts", reason="contended")
+        raise errors.Contended(
+            f"the mark of {symbol} changed under every attempt that its time allowed", reason="contended"
+        )
 
     async def adopt(self, symbol: str) -> None:
         """Give a mark that was set by hand its version and its time; a no-op where there is nothing to adopt."""
@@ -96,6 +108,23 @@ class MarkBook:
         return _StoredMark(
             text or b"", accepted or b"", version or b"", timestamp or b"", int(accounts_open or 0) if known else 1
         )
+
+    async def _commit_in_time(
+        self, allotted: RequestTime, symbol: str, stored: _StoredMark, price: Decimal
+    ) -> tuple[int, int] | None:
+        """As ``_commit``, in what is left of a request's time. Raises ``StoreUnavailable``, ``OutcomeUnknown``."""
+        if not allotted.allows(1):
+            raise errors.StoreUnavailable("Redis is too slow for a mark in a request's time", reason="redis")
+        asked = time.monotonic()
+        try:
+            async with asyncio.timeout_at(allotted.ends):
+                accepted = await self._commit(symbol, stored, price)
+        except TimeoutError as error:
+            raise errors.OutcomeUnknown(
+                "Redis did not answer in time; the mark may have been taken", reason="redis"
+            ) from error
+        allotted.called(since=asked)
+        return accepted
 
     async def _commit(self, symbol: str, stored: _StoredMark, price: Decimal) -> tuple[int, int] | None:
         """The new version and its time in microseconds, or None if the mark moved."""

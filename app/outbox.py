@@ -80,6 +80,7 @@ class Outbox:
         self._patience: asyncio.TimerHandle | None = None
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        self._asking: set[asyncio.Task[bool]] = set()
         self._postgres_answered = float("-inf")
         self.postgres_away = False
 
@@ -104,7 +105,7 @@ class Outbox:
         """Write what waits, bounded by one statement's time, then end."""
         if self._waiting and not self.postgres_away:
             await asyncio.wait([item.answer for item in self._waiting], timeout=self._settings.record_timeout_seconds)
-        await background.end(self._tasks)
+        await background.end([*self._tasks, *self._asking])
         if self._patience is not None:
             self._patience.cancel()
         await self._kept.close()
@@ -145,10 +146,18 @@ class Outbox:
         self._open_breaker("no answer in time")
         _answer(unanswered, recorded=False)
 
-    async def is_recorded(self, kind: str, history_id: int) -> bool:
-        """Whether the row is in Postgres; False where that cannot be said now."""
+    async def is_recorded(self, kind: str, history_id: int, *, until: float | None = None) -> bool:
+        """Whether the row is in Postgres; False where that cannot be said now, or by ``until``, a time of the loop."""
         if self.postgres_away:
             return False
+        # One that is given up still has to clean its connection up, and nobody waits for that.
+        asking = asyncio.create_task(self._has_row(kind, history_id))
+        self._asking.add(asking)
+        asking.add_done_callback(self._asking.discard)
+        await asyncio.wait({asking}, timeout=None if until is None else until - asyncio.get_running_loop().time())
+        return asking.done() and asking.result()
+
+    async def _has_row(self, kind: str, history_id: int) -> bool:
         model = HISTORY[kind]
         try:
             async with self._engine.connect() as connection:

@@ -217,8 +217,9 @@ class StateStore:
                 redis_url, max_connections=16, timeout_seconds=settings.redis_timeout_seconds, **options
             )
         )
-        # A request makes two calls, a read and a commit, and is answered within the one time. A new connection to a
-        # Redis that stands still waits as well: for the answer to its greeting.
+        self.request_seconds = settings.request_seconds
+        # A request makes two calls, a read and a commit. A new connection to a Redis that stands still waits as well:
+        # for the answer to its greeting.
         self.call_seconds = settings.redis_timeout_seconds / 2
         self._pool = connection_pool(
             redis_url,
