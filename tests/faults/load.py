@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from http import HTTPStatus
 from random import Random
 from typing import Any, Final
 
@@ -112,11 +113,12 @@ class Load:
         """Set the mark; whether it was accepted."""
         body = {"symbol": SYMBOL, "price": str(price), "confirm": True}
         try:
-            return (
-                await self.cell.http.post(f"{self._random.choice(self.cell.apis).url}/mark-price", json=body)
-            ).is_success
+            response = await self.cell.http.post(f"{self._random.choice(self.cell.apis).url}/mark-price", json=body)
         except (httpx.TransportError, IndexError):
             return False
+        if response.status_code == HTTPStatus.INTERNAL_SERVER_ERROR:
+            self.complaints.append(f"a mark was answered 500: {response.text}")
+        return response.is_success
 
     async def send(self, operation: Operation) -> None:
         """Post it to one of the live APIs, and note what came of it."""
