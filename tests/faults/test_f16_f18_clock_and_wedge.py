@@ -107,7 +107,7 @@ async def test_a_wedged_watchdog_is_not_live_within_three_intervals(
 ) -> None:
     result = row("F18", "a watchdog that lives and does nothing")
     running = await cell(apis=1)
-    load = SteadyLoad(running, seed=seed, clients=2)
+    load = SteadyLoad(running, seed=seed, clients=6)
     await load.start()
     await load.acknowledged(100)
     watchdog = running.start_worker("watchdog", failpoints="sweep.wedge=wedge@8", sweep_interval_seconds="1")
