@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -187,9 +188,11 @@ class Outbox:
             pipeline.xrange(keys.OUTBOX, count=1)
             pipeline.time()
             length, oldest, (seconds, microseconds) = await pipeline.execute()
-        if not oldest:
-            return OutboxState(entries=length, oldest_age_seconds=0.0)
-        age_us = seconds * 1_000_000 + microseconds - entry_from_stream(*oldest[0]).time_us
+        age_us = 0
+        # One that no script wrote has no age; the next drain puts it aside.
+        with suppress(KeyError, ValueError):
+            for entry_id, fields in oldest:
+                age_us = seconds * 1_000_000 + microseconds - entry_from_stream(entry_id, fields).time_us
         return OutboxState(entries=length, oldest_age_seconds=max(0.0, age_us / 1_000_000))
 
     async def drain(self, *, older_than_seconds: float = 0.0) -> int:

@@ -10,11 +10,9 @@ Units: money and prices in USDT, quantities in coins (positive long, negative sh
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import ROUND_05UP, ROUND_HALF_EVEN, Context, Decimal, DivisionByZero, InvalidOperation
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar, overload
-
-from app.numbers import exact
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,16 +85,18 @@ def total_exposure(exposures: Iterable[Exposure[Decimal]]) -> Exposure[Decimal]:
 
 @dataclass(frozen=True, slots=True)
 class AccountMargin(Generic[Amount]):
-    """An account's margin: its cash and its exposure, and what follows from the two."""
+    """An account's margin: its cash and its exposure, and what follows from the two.
+
+    ``equity`` is ``balance + sum of unrealised pnl``, summed at once: whoever makes a margin of decimals does so in the
+    exact context, and whoever asks need not.
+    """
 
     balance: Amount
     exposure: Exposure[Amount]
+    equity: Amount = field(init=False)
 
-    @property
-    @exact
-    def equity(self) -> Amount:
-        """``balance + sum of unrealised pnl``."""
-        return self.balance + self.exposure.unrealised_pnl
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "equity", self.balance + self.exposure.unrealised_pnl)
 
     @property
     def used_margin(self) -> Amount:
@@ -109,7 +109,6 @@ class AccountMargin(Generic[Amount]):
         return self.exposure.maintenance_margin
 
     @property
-    @exact
     def free_margin(self) -> Amount:
         """``equity - used margin``: what may be withdrawn or opened against."""
         return self.equity - self.exposure.used_margin

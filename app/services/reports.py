@@ -60,6 +60,7 @@ def value_account(
     return trading.account_margin(account, contracts=contracts, prices=prices)
 
 
+@exact
 def account_summary(account: Account, valued: AccountMargin[Decimal] | None, *, in_breach: bool) -> dict[str, Any]:
     """The members that an account has wherever it is shown."""
     candidate = valued is not None and trading.is_candidate(valued)

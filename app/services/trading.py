@@ -172,6 +172,7 @@ def exposure_of(
     )
 
 
+@exact
 def account_margin(
     account: Account, *, contracts: Mapping[str, Contract], prices: Mapping[str, Decimal]
 ) -> AccountMargin[Decimal]:

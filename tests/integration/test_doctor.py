@@ -23,6 +23,9 @@ from tests.conftest import SystemFactory
 from tests.harness import System
 from tests.integration.desk import Desk, command, eventually
 
+WAITING: Final = "alice\n1\n1\n1000000\n{}"
+"""A row of the first second of 1970."""
+
 LIBFAKETIME: Final = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
 
 
@@ -102,7 +105,7 @@ async def test_a_redis_that_would_lose_state(
         (["DEL", "state:swept"], "sweep", "fail", "nothing has ever swept"),
         (["HSET", "state:epoch", "status", "frozen"], "state", "fail", "frozen"),
         (["DEL", "state:epoch"], "state", "fail", "plimsoll rebuild"),
-        (["XADD", "outbox", "1-0", "time", "1000000"], "outbox", "warn", "1 rows wait for Postgres, the oldest for"),
+        (["XADD", "outbox", "1-0", "trade", WAITING], "outbox", "warn", "1 rows wait for Postgres, the oldest for"),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else None,
 )
@@ -115,8 +118,9 @@ async def test_a_fault_in_the_state(
     assert finding.mend
 
 
-async def test_a_full_outbox(stores: Stores, redis_client: redis.asyncio.Redis) -> None:
-    await command(redis_client, "XADD", "outbox", "1-0", "time", "1000000")
+@pytest.mark.parametrize("entry", [("trade", WAITING), ("what", "no script wrote")], ids=lambda entry: entry[0])
+async def test_a_full_outbox(entry: tuple[str, str], stores: Stores, redis_client: redis.asyncio.Redis) -> None:
+    await command(redis_client, "XADD", "outbox", "1-0", *entry)
     finding = (await found(stores, outbox_soft_limit=1))["outbox"]
     assert finding.level == "fail"
     assert "what adds risk is refused" in finding.says
