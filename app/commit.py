@@ -271,7 +271,6 @@ class Commits:
             body,
             recovery,
             basis.epoch,
-            basis.slot_text,
             len(touched),
         ]
         for number, encoded, position in touched:
@@ -302,13 +301,13 @@ class Commits:
         if outcome[0] == "duplicate":
             part.asked.settle(bytes(outcome[1]))
             return []
-        _, history_id, seq, time_us, recovery_id, epoch, slot = outcome
+        _, history_id, seq, time_us, recovery_id, epoch = outcome
         entry = HistoryEntry(int(history_id), part.change.kind, account_id, seq, int(epoch), int(time_us), part.body)
         if recovery_id:
             return [entry, entry._replace(id=int(recovery_id), kind="recovery", seq=seq + 1, body=part.recovery)]
         if not part.asked.basis.breach_text:
             fields = self._fields_after(part.asked.basis.fields, part.touched)
-            texts = AccountTexts(account_id, epoch, b"%d" % slot, b"%d" % seq, part.balance_text, fields)
+            texts = AccountTexts(account_id, epoch, b"%d" % seq, part.balance_text, fields)
             self.recent.keep(KnownAccount(part.change.after, texts))
         return [entry]
 

@@ -391,20 +391,32 @@ class Outbox:
 
 def entry_from_stream(entry_id: bytes, fields: dict[bytes, bytes]) -> HistoryEntry:
     """The entry that a commit script appended. Raises ``KeyError`` or ``ValueError`` for anything else."""
-    ((field, value),) = fields.items()
-    kind = field.decode()
-    if kind not in HISTORY:
-        raise KeyError(kind)
-    account_id, seq, epoch, time_us, body = value.split(b"\n", 4)
-    return HistoryEntry(
-        id=int(entry_id.partition(b"-")[0]),
-        kind=kind,
+    history_id, _, part = entry_id.partition(b"-")
+    if part != b"0":
+        raise ValueError(entry_id)
+    if b"kind" in fields:
+        # As layout 3 wrote them: its rows are acknowledged, and may still wait when it is left behind.
+        kind, *words = (fields[name] for name in (b"kind", b"account", b"seq", b"epoch", b"time", b"body"))
+    else:
+        ((kind, value),) = fields.items()
+        words = value.split(b"\n", 4)
+    account_id, seq, epoch, time_us, body = words
+    entry = HistoryEntry(
+        id=int(history_id),
+        kind=kind.decode(),
         account_id=account_id.decode(),
         seq=int(seq),
         epoch=int(epoch),
         time_us=int(time_us),
         body=body,
     )
+    if entry.kind not in HISTORY:
+        raise KeyError(entry.kind)
+    try:
+        entry.row_json().decode()
+    except (OverflowError, TypeError) as error:
+        raise ValueError("no row of history has such numbers") from error
+    return entry
 
 
 def _entries(batch: Sequence[Waiting]) -> list[HistoryEntry]:

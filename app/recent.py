@@ -21,8 +21,7 @@ class Basis:
     """What a decision is made on, and the texts that a commit compares with what is there.
 
     A ``guessed`` one was not read for this decision: its commit also compares ``epoch``, the mark version, the texts
-    of the marks, and that nothing is halted; and it does not look for the account where another commit of that epoch
-    found it, in ``slot_text``.
+    of the marks, and that nothing is halted.
     """
 
     account: Account
@@ -33,7 +32,6 @@ class Basis:
     breach_text: bytes
     has_slot: bool
     epoch: bytes = b""
-    slot_text: bytes = b""
     mark_texts: Mapping[str, bytes] | None = None
 
     @property
@@ -104,7 +102,6 @@ class Recent:
             breach_text=b"",
             has_slot=True,
             epoch=texts.epoch,
-            slot_text=texts.slot_text,
             mark_texts=self._mark_texts,
         )
 

@@ -14,18 +14,14 @@ ENTRY_BYTES: Final = 512
 
 LENGTH_BYTES: Final = 2
 FILE_NAME: Final = "accounts"
-TEXTS_MIN: Final = 4
-"""Epoch, slot, seq and balance, of an account without positions."""
-
 _SEPARATOR: Final = b"\0"
 
 
 class AccountTexts(NamedTuple):
-    """What a commit left of an account, as Redis holds it, the slot it found it in, and the epoch of that commit."""
+    """What a commit left of an account, as Redis holds it, and the epoch of that commit."""
 
     account_id: str
     epoch: bytes
-    slot_text: bytes
     seq_text: bytes
     balance_text: bytes
     fields: tuple[bytes, ...]
@@ -57,9 +53,7 @@ class SharedAccounts:
     def keep(self, texts: AccountTexts) -> None:
         """Note an account that has just been committed."""
         account_id = texts.account_id.encode()
-        entry = _SEPARATOR.join(
-            (account_id, texts.epoch, texts.slot_text, texts.seq_text, texts.balance_text, *texts.fields)
-        )
+        entry = _SEPARATOR.join((account_id, texts.epoch, texts.seq_text, texts.balance_text, *texts.fields))
         if len(entry) > ENTRY_BYTES - LENGTH_BYTES:
             entry = b""
         at = _place(account_id)
@@ -72,11 +66,11 @@ class SharedAccounts:
         begin = at + LENGTH_BYTES
         end = begin + int.from_bytes(self._memory[at:begin], "little")
         found, *texts = self._memory[begin:end].split(_SEPARATOR)
-        if found != encoded or len(texts) % 2 or len(texts) < TEXTS_MIN:
+        if found != encoded or len(texts) % 2 == 0 or len(texts) == 1:
             return None
         self._memory[at:begin] = bytes(LENGTH_BYTES)
-        epoch, slot_text, seq_text, balance_text, *fields = texts
-        return AccountTexts(account_id, epoch, slot_text, seq_text, balance_text, tuple(fields))
+        epoch, seq_text, balance_text, *fields = texts
+        return AccountTexts(account_id, epoch, seq_text, balance_text, tuple(fields))
 
 
 def _place(account_id: bytes) -> int:

@@ -52,6 +52,8 @@ local function is_judged(held, i)
     local value = ''
     for at = 1, #held, 2 do
       if held[at] == symbols[number] then
+        -- One that is flat has no field: this is no position.
+        if held[at + 1] == '' then return false end
         value = held[at + 1]
         known = known + 2
       end

@@ -11,12 +11,10 @@
 --       0 number of its arguments, 1 account, 2 kind, 3 mark version, 4 outbox limit, 5 '' for no operation,
 --       6 balance read, 7 seq read, 8 breach read, 9 balance, 10 balance packed, 11 equity, 12 used_margin, 13 body,
 --       14 recovery body ('' keeps the breach as it is), 15 epoch guessed ('' for what was read),
---       16 slot that a commit of that epoch found the account in ('' for what was read),
---       17 number of symbols touched (all of them for a new account), per symbol: its number, value ('' for flat),
+--       16 number of symbols touched (all of them for a new account), per symbol: its number, value ('' for flat),
 --       quantity and cost packed, then number of fields read, fields and values read, then of a guess per symbol: its
 --       mark ('' for one that the guess does not rest on)
--- Answers ok, and per change: {ok, id, seq, time, recovery id, epoch, slot}, {duplicate, operation}, {conflict} or a
--- refusal.
+-- Answers ok, and per change: {ok, id, seq, time, recovery id, epoch}, {duplicate, operation}, {conflict} or a refusal.
 -- A guess that is wrong is answered with what read_account would have found, after the word conflict.
 local refused, epoch = refusal(KEYS[1], KEYS[2], ARGV[1])
 local waiting, bad_outbox = read('XLEN', KEYS[4])
@@ -76,8 +74,8 @@ local function check(key, first)
   if bad then return bad end
   held, bad = read('HGETALL', KEYS[key + 2])
   if bad then return bad end
-  local touched = first + 18
-  local fields = touched + 3 * tonumber(ARGV[first + 17])
+  local touched = first + 17
+  local fields = touched + 3 * tonumber(ARGV[first + 16])
   local count = tonumber(ARGV[fields])
   local unchanged = (ledger[2] or '') == ARGV[first + 7] and (ledger[3] or '') == ARGV[first + 8]
     and (balance or '') == ARGV[first + 6] and #held == 2 * count
@@ -105,11 +103,8 @@ local function check(key, first)
   local slot, seq = integer_of(ledger[1] or ''), integer_of(ledger[2] or '0')
   if not seq or (ledger[1] and not slot) then return {'wrong_type', KEYS[key + 3]} end
   if ledger[3] and ledger[3] ~= '' and not integer_of(ledger[3]) then return {'wrong_type', KEYS[key + 3]} end
-  -- A slot that is not the account's own would write into another's row, or far beyond the end. Nobody takes an account
-  -- out of the list within an epoch, and among a million its place takes long to look up.
-  if slot and ledger[1] ~= ARGV[first + 16] and redis.call('LINDEX', KEYS[5], slot) ~= ARGV[first + 1] then
-    return {'wrong_type', KEYS[key + 3]}
-  end
+  -- A slot that is not the account's own would write into another's row, or far beyond the end.
+  if slot and redis.call('LINDEX', KEYS[5], slot) ~= ARGV[first + 1] then return {'wrong_type', KEYS[key + 3]} end
   for i = touched, fields - 1, 3 do
     local fault = fault_of_symbol(tonumber(ARGV[i]))
     if fault then return fault end
@@ -177,7 +172,7 @@ for _, change in ipairs(accepted) do
   row[#row + 1] = last_seq
   row[#row + 1] = 'balance'
   row[#row + 1] = ARGV[first + 10]
-  for i = first + 18, first + 15 + 3 * tonumber(ARGV[first + 17]), 3 do
+  for i = first + 17, first + 14 + 3 * tonumber(ARGV[first + 16]), 3 do
     local number, packed = tonumber(ARGV[i]), ARGV[i + 2]
     opened[number] = (opened[number] or 0) + opened_by(i, number, ledger, known_slot)
     if ARGV[i + 1] == '' then
@@ -203,7 +198,7 @@ for _, change in ipairs(accepted) do
     redis.call('SET', KEYS[key], text .. '\n' .. time .. '\n' .. ARGV[first + 13], 'EX', ARGV[2])
   end
   changed[#changed + 1] = struct.pack('<i8', slot)
-  outcomes[at] = {'ok', text, seq, time, recovery, epoch, slot}
+  outcomes[at] = {'ok', text, seq, time, recovery, epoch}
 end
 for number, count in pairs(opened) do
   if count ~= 0 then redis.call('INCRBY', KEYS[first_open + number], count) end

@@ -210,23 +210,6 @@ async def test_an_account_in_breach_is_never_guessed(counters: tuple[Counter, Co
     assert await here.reads_to_buy("0.1") == 1
 
 
-async def test_a_slot_is_looked_up_once_an_epoch(counters: tuple[Counter, Counter]) -> None:
-    here, there = counters
-
-    async def lookups() -> int:
-        commands: Any = await here.redis.info("commandstats")
-        return int(commands.get("cmdstat_lindex", {"calls": 0})["calls"])
-
-    before = await lookups()
-    await here.buy("0.1")
-    assert await lookups() == before
-    await there.buy("0.1")
-    assert await lookups() == before + 1
-    await here.redis.hincrby(keys.STATE_EPOCH, "epoch", 1)
-    await there.buy("0.1")
-    assert await lookups() == before + 2
-
-
 async def test_where_marks_go_stale_every_trade_reads(stores: Stores, settings: Settings) -> None:
     aging = settings.model_copy(update={"mark_max_age_seconds": 60.0})
     async with counter_of(stores, aging) as here:
@@ -271,7 +254,6 @@ async def test_a_worker_guesses_an_account_as_another_left_it(
         {"fields": (b"BTC-PERP", b'{"quantity": "-0.2", "avg_price": "50000", "cost": "-10000"}')},
         {"seq_text": b"2"},
         {"epoch": b"0"},
-        {"slot_text": b"7"},
         {"balance_text": b"100000x"},
         {"fields": (b"BTC-PERP", b'{"quantity": "0.2", "avg_p')},
         {"fields": (b"BTC-PE", b"")},

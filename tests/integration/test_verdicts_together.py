@@ -158,3 +158,14 @@ async def test_a_ledger_that_names_another_slot_sets_its_account_apart(booking: 
     assert names(settled.opened) == CROWD[1:]
     assert list(settled.quarantined) == [CROWD[0]]
     assert await breaches(booking) == [0, *(entry.id for entry in settled.opened)]
+
+
+async def test_an_empty_position_by_hand_is_not_taken_for_none(booking: Booking) -> None:
+    await booking.store.client.delete(keys.positions_key(CROWD[0]))
+    await booking.adopt(await booking.read(CROWD[0]))
+    await booking.store.client.hset(keys.ledger_key(CROWD[0]), mapping={"breach": "1", "breach_version": "1"})
+    chunk = await read(booking)
+    flat_in_breach = replace(chunk.rows(slice(0, 1)), first_slot=0, breach=np.array([1], dtype=INT64))
+    await booking.store.client.hset(keys.positions_key(CROWD[0]), BTC, "")
+    settled = await settle(booking, flat_in_breach)
+    assert (settled.ended, list(settled.quarantined)) == ([], [CROWD[0]])

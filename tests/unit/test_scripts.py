@@ -128,7 +128,7 @@ NUMBERS_THAT_ARE_NO_MONEY = {
     "changed_rows": {"2", "3", "4"},  # change known, number of changes, number of symbols
     "columns": {"2"},  # number of accounts
     # number of symbols, outbox limit, numbers of arguments, of symbols touched and of fields, number of a symbol
-    "commit": {"3", "first + 4", "first", "first + 17", "fields", "i"},
+    "commit": {"3", "first + 4", "first", "first + 16", "fields", "i"},
     "refresh": {"2", "i"},  # number of columns, slot
     "swept": {"2"},  # version
 }
