@@ -7,6 +7,7 @@ what is there. Nothing else ever writes an account.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 import uuid
 from collections.abc import Coroutine, Mapping
@@ -199,10 +200,11 @@ class Booking:
             has_slot=snapshot.slot is not None,
         )
 
-    async def adopt(self, snapshot: Snapshot) -> bool:
+    async def adopt(self, snapshot: Snapshot, *, until: float = math.inf) -> bool:
         """Book the difference between the record and what history knows as an adjustment.
 
-        False when the account moved meanwhile. Raises as ``parse`` does, and ``ColumnsShort``.
+        False when the account moved meanwhile. Raises as ``parse`` does, ``ColumnsShort``, and as ``Commits.commit`` at
+        ``until``.
         """
         account = self.parse(snapshot)
         before = snapshot.known_account()
@@ -219,7 +221,7 @@ class Booking:
                 "positions_after": shown_record(account),
             },
         )
-        outcome = await self._commits.commit(self.basis(snapshot, before), lambda *_: change, operation="")
+        outcome = await self._commits.commit(self.basis(snapshot, before), lambda *_: change, operation="", until=until)
         if isinstance(outcome, Committed):
             metrics.ADJUSTMENTS.inc()
             log.warning("adopted an edit by hand", account_id=account.account_id, balance=str(account.balance))
@@ -252,7 +254,9 @@ class Booking:
                     creates = content.get("kind") == "deposit"
                     async with allotted.bound():
                         snapshot = truth or await self._read_in_time(account_id, operation, allotted)
-                        basis = None if snapshot.operation else await self._basis_read(snapshot, creates=creates)
+                        basis = (
+                            None if snapshot.operation else await self._basis_read(snapshot, allotted, creates=creates)
+                        )
                     truth = None
                     if snapshot.operation:
                         return await self._replayed(
@@ -311,7 +315,7 @@ class Booking:
         allotted.called(since=asked)
         return snapshot
 
-    async def _basis_read(self, snapshot: Snapshot, *, creates: bool) -> Basis | None:
+    async def _basis_read(self, snapshot: Snapshot, allotted: RequestTime, *, creates: bool) -> Basis | None:
         """What to decide on after a read; None where an edit by hand had to be adopted first: then read again."""
         by_hand = snapshot.marks_set_by_hand(self.contracts)
         for symbol in by_hand:
@@ -324,7 +328,7 @@ class Booking:
             account = self.parse(snapshot)
             try:
                 if not snapshot.agrees(account):
-                    await self.adopt(snapshot)
+                    await self.adopt(snapshot, until=allotted.committed_by)
                     return None
             except errors.ColumnsShort:
                 await self._rebuild_columns()

@@ -154,9 +154,14 @@ class Outbox:
         # One that is given up still has to clean its connection up, and nobody waits for that.
         asking = asyncio.create_task(self._has_row(kind, history_id))
         self._asking.add(asking)
-        asking.add_done_callback(self._asking.discard)
+        asking.add_done_callback(self._asked)
         await asyncio.wait({asking}, timeout=None if until is None else until - asyncio.get_running_loop().time())
-        return asking.done() and asking.result()
+        return asking.done() and not asking.cancelled() and asking.result()
+
+    def _asked(self, asking: asyncio.Task[bool]) -> None:
+        self._asking.discard(asking)
+        if not asking.cancelled() and (error := asking.exception()) is not None:
+            log.error("a row could not be asked for", error=repr(error))
 
     async def _has_row(self, kind: str, history_id: int) -> bool:
         model = HISTORY[kind]

@@ -47,14 +47,14 @@ class RequestTime:
     @asynccontextmanager
     async def bound(self) -> AsyncIterator[None]:
         """Calls after which nothing of the request itself is in doubt. Raises ``StoreUnavailable`` at their end."""
-        scope = asyncio.timeout_at(self.committed_by)
+        scope = asyncio.timeout_at(self.ends)
         try:
             async with scope:
                 yield
         except TimeoutError as error:
             if not scope.expired():
                 raise
-            raise errors.StoreUnavailable("Redis did not answer in time", reason="redis") from error
+            raise errors.StoreUnavailable("the stores did not answer in time", reason="redis") from error
 
 
 class Watched(Protocol):
