@@ -32,7 +32,7 @@ from app.outbox import Outbox
 from app.recent import Basis
 from app.records import RecordError, Snapshot, position_texts, snapshot_from
 from app.redis_client import StateStore
-from app.request_time import RequestTime
+from app.request_time import CALLS_PER_ATTEMPT, RequestTime
 from app.services import trading
 from app.services.trading import Account, Market, TradeOrder, TransferOrder
 from app.shared_accounts import SharedAccounts
@@ -43,9 +43,6 @@ ATTEMPTS_MAX: Final = 200
 SLOW_CALL_SECONDS: Final = 0.1
 """Where a call to Redis takes longer nothing is guessed, so that a stall meets a read first, which can be repeated, and
 not a commit of which nobody knows."""
-
-CALLS_PER_ATTEMPT: Final = 2
-"""A read and a commit."""
 
 log = structlog.get_logger(__name__)
 

@@ -17,12 +17,10 @@ from app.history import timestamp_text
 from app.numbers import format_decimal
 from app.records import parse_mark
 from app.redis_client import StateStore
-from app.request_time import RequestTime
+from app.request_time import CALLS_PER_ATTEMPT, RequestTime
 from app.services import trading
 
 ATTEMPTS_MAX: Final = 50
-CALLS_PER_ATTEMPT: Final = 2
-"""A read and a commit."""
 
 log = structlog.get_logger(__name__)
 

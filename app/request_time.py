@@ -18,6 +18,9 @@ from app import errors
 VOUCH_SHARE: Final = 8
 """One part in so many of a request's time is kept for Redis to vouch for a row that Postgres has not taken."""
 
+CALLS_PER_ATTEMPT: Final = 2
+"""A read and a commit."""
+
 
 class RequestTime:
     """What is left of the time of one request that takes ``seconds`` at most, and how slow its calls of Redis were.
