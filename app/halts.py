@@ -17,11 +17,12 @@ import orjson
 import structlog
 from redis.exceptions import WatchError
 from sqlalchemy import select
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.dialects.postgresql import Insert, insert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionmaker
 
 from app import errors
 from app import redis_client as keys
+from app.background import within
 from app.config import Settings
 from app.database import create_engine, create_sessions, format_timestamp
 from app.models import Halt, Resumption
@@ -94,8 +95,7 @@ async def halt(
         note = found
     recorded = True
     try:
-        async with sessions.begin() as session:
-            await session.execute(insert(Halt).values(note.row()).on_conflict_do_nothing())
+        await within(store.request_seconds, _record(sessions, insert(Halt).values(note.row())))
     except POSTGRES_ERRORS as error:
         log.warning("the halt is not recorded yet; halt again when Postgres is back", error=repr(error))
         recorded = False
@@ -117,9 +117,8 @@ async def resume(
                 return {"halted": False, "id": None, "since": None, "reason": None, "recorded": True}
             note = _Note.read(value) or _Note(uuid.uuid4().hex, "set by hand in Redis", None, format_timestamp(now))
             row = {"halt_id": note.id, "reason": reason, "key_id": key_id, "timestamp": now}
-            async with sessions.begin() as session:
-                await session.execute(insert(Halt).values(note.row()).on_conflict_do_nothing())
-                await session.execute(insert(Resumption).values(row).on_conflict_do_nothing())
+            both = insert(Halt).values(note.row()), insert(Resumption).values(row)
+            await within(store.request_seconds, _record(sessions, *both))
             pipeline.multi()  # type: ignore[no-untyped-call]
             pipeline.delete(keys.STATE_HALTED)
             try:
@@ -130,6 +129,13 @@ async def resume(
             "halted": False, "id": note.id, "since": format_timestamp(now), "reason": reason, "recorded": True,
         }  # fmt: skip
     raise errors.Contended(f"the halt changed under {ATTEMPTS_MAX} attempts", reason="contended")
+
+
+async def _record(sessions: async_sessionmaker[AsyncSession], *rows: Insert) -> None:
+    """Insert those of the rows that are not there yet, in one transaction."""
+    async with sessions.begin() as session:
+        for row in rows:
+            await session.execute(row.on_conflict_do_nothing())
 
 
 def from_the_command(act: Act, settings: Settings, stores: Stores, *, reason: str) -> dict[str, Any]:

@@ -81,7 +81,6 @@ class Outbox:
         self._patience: asyncio.TimerHandle | None = None
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
-        self._asking: set[asyncio.Task[bool]] = set()
         self._postgres_answered = float("-inf")
         self.postgres_away = False
 
@@ -106,7 +105,7 @@ class Outbox:
         """Write what waits, bounded by one statement's time, then end."""
         if self._waiting and not self.postgres_away:
             await asyncio.wait([item.answer for item in self._waiting], timeout=self._settings.record_timeout_seconds)
-        await background.end([*self._tasks, *self._asking])
+        await background.end(self._tasks)
         if self._patience is not None:
             self._patience.cancel()
         await self._kept.close()
@@ -147,35 +146,30 @@ class Outbox:
         self._open_breaker("no answer in time")
         _answer(unanswered, recorded=False)
 
-    async def is_recorded(self, kind: str, history_id: int, *, until: float | None = None) -> bool:
+    async def is_recorded(self, kind: str, history_id: int, *, until: float) -> bool:
         """Whether the row is in Postgres; False where that cannot be said now, or by ``until``, a time of the loop."""
         if self.postgres_away:
             return False
-        # One that is given up still has to clean its connection up, and nobody waits for that.
-        asking = asyncio.create_task(self._has_row(kind, history_id))
-        self._asking.add(asking)
-        asking.add_done_callback(self._asked)
-        await asyncio.wait({asking}, timeout=None if until is None else until - asyncio.get_running_loop().time())
-        return asking.done() and not asking.cancelled() and asking.result()
-
-    def _asked(self, asking: asyncio.Task[bool]) -> None:
-        self._asking.discard(asking)
-        if not asking.cancelled() and (error := asking.exception()) is not None:
-            log.error("a row could not be asked for", error=repr(error))
+        seconds = until - asyncio.get_running_loop().time()
+        try:
+            return await background.within(seconds, self._has_row(kind, history_id))
+        except POSTGRES_ERRORS:  # a TimeoutError is one of these
+            return False
 
     async def _has_row(self, kind: str, history_id: int) -> bool:
         model = HISTORY[kind]
-        try:
-            async with self._engine.connect() as connection:
-                return await connection.scalar(select(model.id).where(model.id == history_id)) is not None
-        except POSTGRES_ERRORS:
-            return False
+        async with self._engine.connect() as connection:
+            return await connection.scalar(select(model.id).where(model.id == history_id)) is not None
 
-    async def check_postgres(self) -> None:
-        """As ``ping_postgres``, asking at most once in a while; what this process wrote since counts as an answer."""
+    async def has_postgres(self, *, within_seconds: float) -> bool:
+        """Whether it answers in time, asked at most once in a while: what this process wrote since is an answer."""
         now = asyncio.get_running_loop().time()
         if self.postgres_away or now - self._postgres_answered > PING_INTERVAL_SECONDS:
-            await self.ping_postgres()
+            try:
+                await background.within(within_seconds, self.ping_postgres())
+            except (errors.StoreUnavailable, TimeoutError):
+                return False
+        return True
 
     async def ping_postgres(self) -> None:
         """Raise ``StoreUnavailable`` unless Postgres answers."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from fastapi import APIRouter, Response
 from fastapi.responses import RedirectResponse
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -33,13 +35,13 @@ async def get_ready(to: ServicesDependency) -> Response:
     """Whether trades can be booked, with the mark version and the version swept."""
     missing = ["draining"] if to.drain.begun else []
     mark_version = swept_version = None
-    try:
-        mark_version, swept_version = await to.store.require_state()
-    except errors.Unavailable as error:
-        missing.append(str(error.members.get("reason", error.code)))
-    try:
-        await to.booking.outbox.check_postgres()
-    except errors.StoreUnavailable:
+    async with asyncio.TaskGroup() as both:
+        postgres = both.create_task(to.booking.outbox.has_postgres(within_seconds=to.settings.request_seconds))
+        try:
+            mark_version, swept_version = await to.store.require_state()
+        except errors.Unavailable as error:
+            missing.append(str(error.members.get("reason", error.code)))
+    if not postgres.result():
         missing.append("postgres")
     status = "not ready" if missing else "ready"
     content = schemas.Readiness(status=status, mark_version=mark_version, swept_version=swept_version, missing=missing)

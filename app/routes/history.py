@@ -13,6 +13,7 @@ from pydantic import BeforeValidator
 from structlog.contextvars import bind_contextvars
 
 from app import errors, schemas
+from app.background import within
 from app.database import Cursor, HistoryFilter, format_timestamp, list_history, list_liquidations
 from app.history import UNIX_EPOCH
 from app.models import HistoryRow, Recovery, Trade, Transfer
@@ -104,7 +105,10 @@ async def get_recoveries(to: ServicesDependency, query: HistoryDependency) -> Re
 @router.get("/liquidations", summary="List liquidations", responses=HISTORY_RESPONSES, openapi_extra=OWN_HISTORY)
 async def get_liquidations(to: ServicesDependency, query: HistoryDependency) -> Response:
     """Breaches, each with when it ended."""
-    found = await list_liquidations(to.sessions, query.history_filter, limit=query.limit + 1, cursor=query.cursor)
+    found = await within(
+        to.settings.request_seconds,
+        list_liquidations(to.sessions, query.history_filter, limit=query.limit + 1, cursor=query.cursor),
+    )
     items = [
         {**_row(liquidation), "recovered_at": None if recovered is None else format_timestamp(recovered)}
         for liquidation, recovered in found[: query.limit]
@@ -116,7 +120,10 @@ async def _history_page(
     to: Services, model: type[HistoryRow], query: HistoryQuery, operation_id: str | None
 ) -> Response:
     history_filter = replace(query.history_filter, operation_id=operation_id)
-    rows = await list_history(to.sessions, model, history_filter, limit=query.limit + 1, cursor=query.cursor)
+    rows = await within(
+        to.settings.request_seconds,
+        list_history(to.sessions, model, history_filter, limit=query.limit + 1, cursor=query.cursor),
+    )
     return _page([_row(row) for row in rows[: query.limit]], rows, query.limit)
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 
 import asyncpg
+import httpx
+import psutil
 import pytest
 import redis.asyncio
 
 from app import reconcile
 from app.config import Settings
 from app.embedded import Servers
+from app.embedded_postgres import PostgresServer
 from tests.integration.desk import Desk, api_in_this_process, differences, eventually, expect
 
 AT_ONCE_SECONDS = 1.0
@@ -28,6 +32,21 @@ async def own_desk(own_servers: Servers) -> AsyncIterator[Desk]:
     await asyncio.to_thread(reconcile.migrate, settings, stores)
     async with api_in_this_process(stores) as client:
         yield Desk(client)
+
+
+@contextmanager
+def silent(postgres: PostgresServer) -> Iterator[None]:
+    """Every process of it stands still: connections stand, and nothing is answered."""
+    assert postgres.process is not None
+    server = psutil.Process(postgres.process.pid)
+    processes = [server, *server.children(recursive=True)]
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.resume()
 
 
 async def test_trades_are_booked_while_postgres_is_stopped_and_recorded_once_each_when_it_is_back(
@@ -75,3 +94,40 @@ async def test_trades_are_booked_while_postgres_is_stopped_and_recorded_once_eac
     expect(await own_desk.client.get("/health/ready"), 200)
     replayed = await own_desk.trade("alice", "buy", "0.1", "50000", client_trade_id="while-away-3")
     assert expect(replayed, 200)["recorded"] is True
+
+
+async def test_a_silent_postgres_keeps_nobody_waiting_longer_than_a_request_may_take(
+    own_desk: Desk, own_servers: Servers
+) -> None:
+    """A request that reads history makes several calls: of a connection, of a transaction, of the rows, of the end."""
+    await own_desk.mark("50000")
+    await own_desk.deposit("alice", "100000")
+    expect(await own_desk.client.get("/trades"), 200)
+    slowest = 0.0
+
+    async def asked(verb: str, path: str, **more: object) -> httpx.Response:
+        nonlocal slowest
+        started = time.monotonic()
+        answer = await own_desk.client.request(verb, path, **more)  # type: ignore[arg-type]
+        slowest = max(slowest, time.monotonic() - started)
+        return answer
+
+    with silent(own_servers.postgres):
+        # More than the pool has connections: some stand, some would have to be made, and some have to wait for one.
+        for path in ("/trades", "/transfers", "/liquidations", "/recoveries"):
+            for answer in await asyncio.gather(*(asked("GET", path) for _ in range(12))):
+                assert expect(answer, 503)["code"] == "store_unavailable"
+        ready, halted, resumed = await asyncio.gather(
+            asked("GET", "/health/ready"),
+            asked("POST", "/halt", json={"reason": "silence"}),
+            asked("POST", "/resume", json={"reason": "silence"}),
+        )
+        assert expect(ready, 503)["missing"] == ["postgres"]
+        assert expect(halted, 200)["recorded"] is False
+        assert expect(resumed, 503)["code"] == "store_unavailable"
+    assert slowest < RECORD_TIMEOUT_SECONDS + AT_ONCE_SECONDS
+
+    async def answers_again() -> bool:
+        return (await own_desk.client.get("/trades")).status_code == 200
+
+    await eventually(answers_again, "history to be read again")
