@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 import asyncpg
 import structlog
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 from sqlalchemy import select
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -220,7 +220,7 @@ class Outbox:
 
     async def _readable(self, found: Sequence[tuple[bytes, dict[bytes, bytes]]]) -> list[HistoryEntry]:
         """The entries of the stream that a script can have written; any other is put aside, whole."""
-        entries = []
+        entries, odd_ids = [], []
         for entry_id, fields in found:
             try:
                 entries.append(entry_from_stream(entry_id, fields))
@@ -230,7 +230,19 @@ class Outbox:
                 odd = [item for pair in fields.items() for item in pair]
                 await self._store.batcher.execute("XADD", keys.OUTBOX_DEAD, "*", "reason", "not a row", *odd)
                 await self._store.batcher.execute("XDEL", keys.OUTBOX, entry_id)
+                odd_ids.append(entry_id)
+        if odd_ids:
+            await self._go_on_with_ids()
         return entries
+
+    async def _go_on_with_ids(self) -> None:
+        """Let the stream take the id of the next row, though it has had an entry far beyond it."""
+        last_id = await self._store.batcher.execute("GET", keys.HISTORY_LAST_ID)
+        try:
+            await self._store.batcher.execute("XSETID", keys.OUTBOX, f"{int(last_id or 0)}-0")
+        except ResponseError as error:
+            # Where an entry beyond that is still there, say: a row, or the next one that is put aside.
+            log.warning("the outbox keeps its last id", error=str(error))
 
     async def _write_forever(self) -> None:
         while True:
