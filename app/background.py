@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Any, Final, TypeVar
 
 import structlog
@@ -12,7 +12,7 @@ CANCEL_AGAIN_SECONDS: Final = 0.5
 
 Answer = TypeVar("Answer")
 
-_left: set[asyncio.Task[Any]] = set()
+_left: set[asyncio.Future[Any]] = set()
 """Work that nobody waits for any more: a task that nothing refers to may vanish before it has ended."""
 
 log = structlog.get_logger(__name__)
@@ -31,13 +31,13 @@ async def end(tasks: Sequence[asyncio.Task[Any]]) -> None:
         _, waiting = await asyncio.wait(waiting, timeout=CANCEL_AGAIN_SECONDS)
 
 
-async def within(seconds: float, work: Coroutine[Any, Any, Answer]) -> Answer:
+async def within(seconds: float, work: Awaitable[Answer]) -> Answer:
     """The answer of ``work``, which bounds each of its own calls. Raises ``TimeoutError`` when it takes longer.
 
     It is left to end by itself then: one that is cancelled has to clean up first, a connection to Postgres say, and
     whoever waits would wait for that as well.
     """
-    task = asyncio.create_task(work)
+    task = asyncio.ensure_future(work)
     try:
         done, _ = await asyncio.wait({task}, timeout=seconds)
     finally:
@@ -49,7 +49,7 @@ async def within(seconds: float, work: Coroutine[Any, Any, Answer]) -> Answer:
     return task.result()
 
 
-def _let_go(task: asyncio.Task[Any]) -> None:
+def _let_go(task: asyncio.Future[Any]) -> None:
     _left.discard(task)
     if not task.cancelled() and (error := task.exception()) is not None:
         log.info("what nobody waited for any more failed", error=repr(error))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -17,7 +18,7 @@ import orjson
 import structlog
 from redis.exceptions import WatchError
 from sqlalchemy import select
-from sqlalchemy.dialects.postgresql import Insert, insert
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionmaker
 
 from app import errors
@@ -95,7 +96,7 @@ async def halt(
         note = found
     recorded = True
     try:
-        await within(store.request_seconds, _record(sessions, insert(Halt).values(note.row())))
+        await within(store.request_seconds, _halted(sessions, note))
     except POSTGRES_ERRORS as error:
         log.warning("the halt is not recorded yet; halt again when Postgres is back", error=repr(error))
         recorded = False
@@ -117,8 +118,7 @@ async def resume(
                 return {"halted": False, "id": None, "since": None, "reason": None, "recorded": True}
             note = _Note.read(value) or _Note(uuid.uuid4().hex, "set by hand in Redis", None, format_timestamp(now))
             row = {"halt_id": note.id, "reason": reason, "key_id": key_id, "timestamp": now}
-            both = insert(Halt).values(note.row()), insert(Resumption).values(row)
-            await within(store.request_seconds, _record(sessions, *both))
+            recorded = await _resumed(sessions, note, row)
             pipeline.multi()  # type: ignore[no-untyped-call]
             pipeline.delete(keys.STATE_HALTED)
             try:
@@ -126,16 +126,24 @@ async def resume(
             except WatchError:
                 continue  # another halt, or somebody else resumed
         return {
-            "halted": False, "id": note.id, "since": format_timestamp(now), "reason": reason, "recorded": True,
+            "halted": False, "id": note.id, "since": format_timestamp(recorded.timestamp), "reason": recorded.reason,
+            "recorded": True,
         }  # fmt: skip
     raise errors.Contended(f"the halt changed under {ATTEMPTS_MAX} attempts", reason="contended")
 
 
-async def _record(sessions: async_sessionmaker[AsyncSession], *rows: Insert) -> None:
-    """Insert those of the rows that are not there yet, in one transaction."""
+async def _halted(sessions: async_sessionmaker[AsyncSession], note: _Note) -> None:
+    """Record a halt, unless it is."""
     async with sessions.begin() as session:
-        for row in rows:
-            await session.execute(row.on_conflict_do_nothing())
+        await session.execute(insert(Halt).values(note.row()).on_conflict_do_nothing())
+
+
+async def _resumed(sessions: async_sessionmaker[AsyncSession], note: _Note, row: Mapping[str, Any]) -> Resumption:
+    """Record the end of a halt, and the halt. One that was recorded before, and did not come about, is what counts."""
+    async with sessions.begin() as session:
+        await session.execute(insert(Halt).values(note.row()).on_conflict_do_nothing())
+        await session.execute(insert(Resumption).values(row).on_conflict_do_nothing())
+        return (await session.scalars(select(Resumption).where(Resumption.halt_id == note.id))).one()
 
 
 def from_the_command(act: Act, settings: Settings, stores: Stores, *, reason: str) -> dict[str, Any]:

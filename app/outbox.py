@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 import asyncpg
 import structlog
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisError
 from sqlalchemy import select
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -81,6 +81,7 @@ class Outbox:
         self._patience: asyncio.TimerHandle | None = None
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        self._ping: asyncio.Task[None] | None = None
         self._postgres_answered = float("-inf")
         self.postgres_away = False
 
@@ -165,8 +166,11 @@ class Outbox:
         """Whether it answers in time, asked at most once in a while: what this process wrote since is an answer."""
         now = asyncio.get_running_loop().time()
         if self.postgres_away or now - self._postgres_answered > PING_INTERVAL_SECONDS:
+            # One at a time, however many ask: they would take the connections of the writer.
+            if self._ping is None or self._ping.done():
+                self._ping = asyncio.create_task(self.ping_postgres())
             try:
-                await background.within(within_seconds, self.ping_postgres())
+                await background.within(within_seconds, self._ping)
             except (errors.StoreUnavailable, TimeoutError):
                 return False
         return True
@@ -199,6 +203,7 @@ class Outbox:
 
         Raises Postgres' errors and Redis'.
         """
+        await self._put_aside([])
         written, after = 0, "-"
         while True:
             async with self._store.client.pipeline(transaction=True) as pipeline:
@@ -207,42 +212,25 @@ class Outbox:
                 pipeline.time()
                 epoch, found, (seconds, microseconds) = await pipeline.execute()
             now_us = seconds * 1_000_000 + microseconds
-            entries = [
-                entry
-                for entry in await self._readable(found)
-                if now_us - entry.time_us >= older_than_seconds * 1_000_000
-            ]
+            rows, odd_ids = rows_and_others(found)
+            if odd_ids:
+                await self._put_aside(odd_ids)
+            entries = [row for row in rows if now_us - row.time_us >= older_than_seconds * 1_000_000]
             if not entries:
                 return written
             await self._write(entries, epoch=int(epoch or 0))
             written += len(entries)
             after = f"({entries[-1].id}-0"
 
-    async def _readable(self, found: Sequence[tuple[bytes, dict[bytes, bytes]]]) -> list[HistoryEntry]:
-        """The entries of the stream that a script can have written; any other is put aside, whole."""
-        entries, odd_ids = [], []
-        for entry_id, fields in found:
-            try:
-                entries.append(entry_from_stream(entry_id, fields))
-            except (KeyError, ValueError):
-                log.exception("the outbox holds what no script wrote", entry=entry_id)
-                metrics.DEAD_LETTERS.inc()
-                odd = [item for pair in fields.items() for item in pair]
-                await self._store.batcher.execute("XADD", keys.OUTBOX_DEAD, "*", "reason", "not a row", *odd)
-                await self._store.batcher.execute("XDEL", keys.OUTBOX, entry_id)
-                odd_ids.append(entry_id)
-        if odd_ids:
-            await self._go_on_with_ids()
-        return entries
-
-    async def _go_on_with_ids(self) -> None:
-        """Let the stream take the id of the next row, though it has had an entry far beyond it."""
-        last_id = await self._store.batcher.execute("GET", keys.HISTORY_LAST_ID)
-        try:
-            await self._store.batcher.execute("XSETID", keys.OUTBOX, f"{int(last_id or 0)}-0")
-        except ResponseError as error:
-            # Where an entry beyond that is still there, say: a row, or the next one that is put aside.
-            log.warning("the outbox keeps its last id", error=str(error))
+    async def _put_aside(self, odd_ids: Sequence[bytes]) -> None:
+        """Move these to the dead letters, and whatever else keeps the stream from taking the next row."""
+        names = [keys.OUTBOX, keys.OUTBOX_DEAD, keys.HISTORY_LAST_ID]
+        _, aside = keys.checked(
+            await self._store.batcher.evaluate(keys.PUT_ASIDE.sha, keys.PUT_ASIDE.text, names, odd_ids)
+        )
+        if aside:
+            metrics.DEAD_LETTERS.inc(aside)
+            log.error("the outbox held what no script wrote", entries=aside, see=keys.OUTBOX_DEAD)
 
     async def _write_forever(self) -> None:
         while True:
@@ -398,6 +386,17 @@ class Outbox:
         if not self.postgres_away:
             log.warning("Postgres is away; history waits in the outbox", reason=reason)
         self.postgres_away = True
+
+
+def rows_and_others(found: Sequence[tuple[bytes, dict[bytes, bytes]]]) -> tuple[list[HistoryEntry], list[bytes]]:
+    """The rows among entries of the stream, and the ids of those that no script wrote."""
+    rows, odd_ids = [], []
+    for entry_id, fields in found:
+        try:
+            rows.append(entry_from_stream(entry_id, fields))
+        except (KeyError, ValueError):
+            odd_ids.append(entry_id)
+    return rows, odd_ids
 
 
 def entry_from_stream(entry_id: bytes, fields: dict[bytes, bytes]) -> HistoryEntry:

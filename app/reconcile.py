@@ -24,7 +24,7 @@ from app import redis_client as keys
 from app.config import Settings
 from app.history import FENCE_LOCK, insert_history
 from app.models import HISTORY, Epoch, Liquidation, Recovery
-from app.outbox import entry_from_stream
+from app.outbox import rows_and_others
 from app.redis_client import StateStore
 
 if TYPE_CHECKING:
@@ -175,7 +175,8 @@ async def _roll_forward(
     symbols = [contract.symbol for contract in settings.contracts]
     # Rows that Redis kept and Postgres lacks are older than those that roll an account forward.
     kept: Any = await store.client.xrange(keys.OUTBOX)
-    await insert_history(connection, [entry_from_stream(entry_id, fields) for entry_id, fields in kept])
+    rows, _ = rows_and_others(kept)
+    await insert_history(connection, rows)
     changed = await _changed_since(connection, last_id)
     accounts = await restore.accounts_in_history(connection, sorted(changed))
     await restore.restore_some(store, accounts.values(), symbols)

@@ -9,7 +9,7 @@ from fastapi.responses import RedirectResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from app import errors, metrics, schemas
-from app.routes.context import PROBLEMS, ServicesDependency, json_response
+from app.routes.context import PROBLEMS, Services, ServicesDependency, json_response
 from app.security import OPEN, GuardedRoute, needs
 
 router = APIRouter(route_class=GuardedRoute, tags=["operation"])
@@ -33,19 +33,23 @@ async def get_live() -> Response:
 )
 async def get_ready(to: ServicesDependency) -> Response:
     """Whether trades can be booked, with the mark version and the version swept."""
+    (mark_version, swept_version, fault), has_postgres = await asyncio.gather(
+        _state(to), to.booking.outbox.has_postgres(within_seconds=to.settings.request_seconds)
+    )
     missing = ["draining"] if to.drain.begun else []
-    mark_version = swept_version = None
-    async with asyncio.TaskGroup() as both:
-        postgres = both.create_task(to.booking.outbox.has_postgres(within_seconds=to.settings.request_seconds))
-        try:
-            mark_version, swept_version = await to.store.require_state()
-        except errors.Unavailable as error:
-            missing.append(str(error.members.get("reason", error.code)))
-    if not postgres.result():
-        missing.append("postgres")
+    missing += [fault] if fault else []
+    missing += [] if has_postgres else ["postgres"]
     status = "not ready" if missing else "ready"
     content = schemas.Readiness(status=status, mark_version=mark_version, swept_version=swept_version, missing=missing)
     return json_response(content.model_dump(), 503 if missing else 200)
+
+
+async def _state(to: Services) -> tuple[int | None, int | None, str]:
+    """The mark version, the version swept, and what keeps this process from writing, if anything does."""
+    try:
+        return *(await to.store.require_state()), ""
+    except errors.Unavailable as error:
+        return None, None, str(error.members.get("reason", error.code))
 
 
 @router.get("/metrics", include_in_schema=False, openapi_extra=needs("read"))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 
 import asyncpg
 import redis.asyncio
 
 from app.config import Settings
+from app.database import format_timestamp
 from app.embedded import Servers, Stores
 from app.rebuild import rebuild
 from tests.integration.conftest import DeskFactory, KeyMaker
@@ -114,3 +116,21 @@ async def test_a_rebuild_puts_back_the_halt_that_redis_has_lost(
     await asyncio.to_thread(rebuild, settings, stores, lambda _stage, _count: None)
     assert outcome(await desk.transfer("withdraw", "alice", "1")) == "trading_halted"
     assert expect(await desk.client.post("/halt", json=WHY), 200) == halted
+
+
+async def test_a_resumption_that_was_recorded_and_given_up_is_the_one_that_is_answered(
+    desk: Desk, postgres: asyncpg.Connection
+) -> None:
+    """Its COMMIT came after its request had been told that it failed, and one halt has one end."""
+    halted = expect(await desk.client.post("/halt", json=WHY), 200)
+    recorded = datetime(2026, 1, 1, tzinfo=UTC)
+    statement = "INSERT INTO resumptions (halt_id, reason, timestamp) VALUES ($1, 'the first', $2)"
+    await postgres.execute(statement, halted["id"], recorded)
+    answer = expect(await desk.client.post("/resume", json={"reason": "the second"}), 200)
+    assert answer == {
+        "halted": False,
+        "id": halted["id"],
+        "since": format_timestamp(recorded),
+        "reason": "the first",
+        "recorded": True,
+    }
