@@ -63,6 +63,22 @@ def older_redis(directory: Path, version: str) -> Path:
     return program
 
 
+def test_redis_keeps_what_it_holds_in_huge_pages(own_servers: Servers) -> None:
+    """The wheel's; where the kernel gives none to anybody there is nothing to see."""
+    given = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not given.exists() or "[never]" in given.read_text():
+        pytest.skip("this kernel gives no huge pages")
+    process = own_servers.redis.process
+    assert process is not None
+    with closing(redis_of(own_servers)) as client, client.pipeline(transaction=False) as pipeline:
+        for number in range(100_000):
+            pipeline.set(f"account:{number}:balance", "x" * 100)
+        pipeline.execute()
+    held = re.search(r"AnonHugePages: +(\d+) kB", Path(f"/proc/{process.pid}/smaps_rollup").read_text())
+    assert held is not None
+    assert int(held[1]) >= 4096
+
+
 def test_redis_writes_each_command_to_disk_and_never_evicts(servers: Servers) -> None:
     with closing(redis_of(servers)) as client:
         kept: dict[str | None, str | None] = {}
