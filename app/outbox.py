@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 import asyncpg
 import structlog
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 from sqlalchemy import select
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -169,6 +169,7 @@ class Outbox:
             # One at a time, however many ask: they would take the connections of the writer.
             if self._ping is None or self._ping.done():
                 self._ping = asyncio.create_task(self.ping_postgres())
+                self._ping.add_done_callback(lambda ping: ping.cancelled() or ping.exception())
             try:
                 await background.within(within_seconds, self._ping)
             except (errors.StoreUnavailable, TimeoutError):
@@ -203,18 +204,17 @@ class Outbox:
 
         Raises Postgres' errors and Redis'.
         """
-        await self._put_aside([])
         written, after = 0, "-"
         while True:
+            await self._let_rows_follow()
             async with self._store.client.pipeline(transaction=True) as pipeline:
                 pipeline.hget(keys.STATE_EPOCH, "epoch")
                 pipeline.xrange(keys.OUTBOX, min=after, count=self._settings.outbox_batch_rows)
                 pipeline.time()
                 epoch, found, (seconds, microseconds) = await pipeline.execute()
             now_us = seconds * 1_000_000 + microseconds
-            rows, odd_ids = rows_and_others(found)
-            if odd_ids:
-                await self._put_aside(odd_ids)
+            rows, others = rows_and_others(found)
+            await self._put_aside(others)
             entries = [row for row in rows if now_us - row.time_us >= older_than_seconds * 1_000_000]
             if not entries:
                 return written
@@ -222,15 +222,28 @@ class Outbox:
             written += len(entries)
             after = f"({entries[-1].id}-0"
 
-    async def _put_aside(self, odd_ids: Sequence[bytes]) -> None:
-        """Move these to the dead letters, and whatever else keeps the stream from taking the next row."""
+    async def _put_aside(self, found: Sequence[tuple[bytes, dict[bytes, bytes]]]) -> None:
+        """Move entries that no script wrote, whole, to the dead letters."""
+        for entry_id, fields in found:
+            log.error("the outbox holds what no script wrote", entry=entry_id)
+            metrics.DEAD_LETTERS.inc()
+            odd = [item for pair in fields.items() for item in pair]
+            await self._store.batcher.execute("XADD", keys.OUTBOX_DEAD, "*", "reason", "not a row", *odd)
+            await self._store.batcher.execute("XDEL", keys.OUTBOX, entry_id)
+
+    async def _let_rows_follow(self) -> None:
+        """Put aside what was added with the time for an id, which would keep each commit from being made."""
         names = [keys.OUTBOX, keys.OUTBOX_DEAD, keys.HISTORY_LAST_ID]
-        _, aside = keys.checked(
-            await self._store.batcher.evaluate(keys.PUT_ASIDE.sha, keys.PUT_ASIDE.text, names, odd_ids)
-        )
+        try:
+            answer = await self._store.batcher.evaluate(keys.PUT_ASIDE.sha, keys.PUT_ASIDE.text, names, ())
+            _, aside = keys.checked(answer)
+        except (ResponseError, errors.PlimsollError) as error:
+            # Rows that can be drained are drained all the same.
+            log.warning("the outbox could not be looked through", error=str(error))
+            return
         if aside:
             metrics.DEAD_LETTERS.inc(aside)
-            log.error("the outbox held what no script wrote", entries=aside, see=keys.OUTBOX_DEAD)
+            log.error("the outbox held what no script wrote", entries=aside)
 
     async def _write_forever(self) -> None:
         while True:
@@ -315,7 +328,8 @@ class Outbox:
             for entry in entries:
                 pipeline.xrange(keys.OUTBOX, f"{entry.id}-0", f"{entry.id}-0")
             epoch, *found = await pipeline.execute()
-        return int(epoch or 0), {entry_from_stream(entry_id, fields) for rows in found for entry_id, fields in rows}
+        rows, _ = rows_and_others([entry for entries in found for entry in entries])
+        return int(epoch or 0), set(rows)
 
     async def _drain_forever(self) -> None:
         while True:
@@ -388,15 +402,17 @@ class Outbox:
         self.postgres_away = True
 
 
-def rows_and_others(found: Sequence[tuple[bytes, dict[bytes, bytes]]]) -> tuple[list[HistoryEntry], list[bytes]]:
-    """The rows among entries of the stream, and the ids of those that no script wrote."""
-    rows, odd_ids = [], []
+def rows_and_others(
+    found: Sequence[tuple[bytes, dict[bytes, bytes]]],
+) -> tuple[list[HistoryEntry], list[tuple[bytes, dict[bytes, bytes]]]]:
+    """The rows among entries of the stream, and the entries that no script wrote."""
+    rows, others = [], []
     for entry_id, fields in found:
         try:
             rows.append(entry_from_stream(entry_id, fields))
         except (KeyError, ValueError):
-            odd_ids.append(entry_id)
-    return rows, odd_ids
+            others.append((entry_id, fields))
+    return rows, others
 
 
 def entry_from_stream(entry_id: bytes, fields: dict[bytes, bytes]) -> HistoryEntry:
