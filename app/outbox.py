@@ -233,7 +233,7 @@ class Outbox:
 
     async def _let_rows_follow(self) -> None:
         """Put aside what was added with the time for an id, which would keep each commit from being made."""
-        names = [keys.OUTBOX, keys.OUTBOX_DEAD, keys.HISTORY_LAST_ID]
+        names = [keys.OUTBOX, keys.OUTBOX_DEAD, keys.HISTORY_LAST_ID, keys.OUTBOX_ANEW]
         try:
             answer = await self._store.batcher.evaluate(keys.PUT_ASIDE.sha, keys.PUT_ASIDE.text, names, ())
             _, aside = keys.checked(answer)

@@ -46,7 +46,10 @@ READS = {
     "XRANGE",
     *WITHOUT_KEY,
 }
-WRITES = {"DEL", "EXPIRE", "HDEL", "HSET", "INCR", "INCRBY", "MSET", "RPUSH", "SET", "SETRANGE", "XADD", "XDEL"}
+WRITES = {"DEL", "EXPIRE", "HDEL", "HSET", "INCR", "INCRBY", "MSET", "RENAME", "RPUSH", "SET", "SETRANGE"} | {
+    "XADD",
+    "XDEL",
+}
 
 KEY_PARAMETERS = r"(?:\w+_)?key"
 """What a local function calls the key it is handed."""
