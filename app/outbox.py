@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -194,9 +193,9 @@ class Outbox:
             length, oldest, (seconds, microseconds) = await pipeline.execute()
         age_us = 0
         # One that no script wrote has no age; the next drain puts it aside.
-        with suppress(KeyError, ValueError):
-            for entry_id, fields in oldest:
-                age_us = seconds * 1_000_000 + microseconds - entry_from_stream(entry_id, fields).time_us
+        rows, _ = rows_and_others(oldest)
+        for row in rows:
+            age_us = seconds * 1_000_000 + microseconds - row.time_us
         return OutboxState(entries=length, oldest_age_seconds=max(0.0, age_us / 1_000_000))
 
     async def drain(self, *, older_than_seconds: float = 0.0) -> int:
@@ -214,7 +213,7 @@ class Outbox:
                 epoch, found, (seconds, microseconds) = await pipeline.execute()
             now_us = seconds * 1_000_000 + microseconds
             rows, others = rows_and_others(found)
-            await self._put_aside(others)
+            await self._bury_others(others)
             entries = [row for row in rows if now_us - row.time_us >= older_than_seconds * 1_000_000]
             if not entries:
                 return written
@@ -222,7 +221,7 @@ class Outbox:
             written += len(entries)
             after = f"({entries[-1].id}-0"
 
-    async def _put_aside(self, found: Sequence[tuple[bytes, dict[bytes, bytes]]]) -> None:
+    async def _bury_others(self, found: Sequence[tuple[bytes, dict[bytes, bytes]]]) -> None:
         """Move entries that no script wrote, whole, to the dead letters."""
         for entry_id, fields in found:
             log.error("the outbox holds what no script wrote", entry=entry_id)

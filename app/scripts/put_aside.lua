@@ -27,7 +27,7 @@ for _, entry in ipairs(rows) do
   if #entry[2] > words_kept then return {'ok', 0} end
 end
 
--- One that looks like a row is the drain's to judge: the counter may have been beyond it. Gone, it is mended as well.
+-- One that looks as append_history writes a row is the drain's to judge: the counter may have been beyond it. Gone, it is mended as well.
 for _, entry in ipairs(odd) do
   local value = #entry[2] == 2 and entry[2][2] or ''
   if string.match(value, '^[^\n]+\n%d+\n%d+\n%d+\n{') then return {'ok', 0} end

@@ -20,6 +20,10 @@ from tests.integration.desk import Desk, api_in_this_process, differences, event
 PUT_ASIDE_WITHIN_SECONDS = 15.0
 BATCH_ROWS = 2
 
+NAMES = (keys.OUTBOX, keys.OUTBOX_DEAD, keys.HISTORY_LAST_ID, keys.OUTBOX_ANEW)
+ROW = {"trade": 'alice\n7\n1\n1795876224939641\n{"price":"1"}'}
+"""As a script writes it."""
+
 
 async def books_again(desk: Desk) -> None:
     """Wait until a trade is booked, whatever became of those before."""
@@ -93,21 +97,19 @@ async def test_where_the_counter_was_set_back_no_id_is_given_twice(
 
 
 async def test_an_entry_of_more_words_than_a_command_takes_costs_no_row(redis_client: redis.asyncio.Redis) -> None:
-    row = {"trade": 'alice\n7\n1\n1795876224939641\n{"price":"1"}'}
     many = {str(number): "" for number in range(5_000)}
     script = redis_client.register_script(keys.PUT_ASIDE.text)
-    names = ("outbox", "outbox:dead", "history:last_id", "outbox:anew")
     await redis_client.set("history:last_id", 6)
-    await redis_client.xadd("outbox", row, id="6-0")  # type: ignore[arg-type]
+    await redis_client.xadd("outbox", ROW, id="6-0")  # type: ignore[arg-type]
     await redis_client.xadd("outbox", many)  # type: ignore[arg-type]
-    assert await script(keys=names) == ["ok", 1]
-    assert await redis_client.xrange("outbox") == [("6-0", row)]
+    assert await script(keys=NAMES) == ["ok", 1]
+    assert await redis_client.xrange("outbox") == [("6-0", ROW)]
     assert await redis_client.xlen("outbox:dead") == 1
     await redis_client.delete("outbox")
     await redis_client.xadd("outbox", many, id="5-1")  # type: ignore[arg-type]
-    await redis_client.xadd("outbox", row, id="6-0")  # type: ignore[arg-type]
+    await redis_client.xadd("outbox", ROW, id="6-0")  # type: ignore[arg-type]
     await redis_client.xadd("outbox", {"what": "by hand"})
-    assert await script(keys=names) == ["ok", 0]
+    assert await script(keys=NAMES) == ["ok", 0]
     assert await redis_client.xlen("outbox") == 3
 
 
@@ -115,8 +117,6 @@ async def test_rows_of_a_counter_that_was_a_time_for_a_while_are_recorded(
     desk: Desk, redis_client: redis.asyncio.Redis
 ) -> None:
     """They are nobody's but the drain's: set aside, they would be acknowledged and in no store."""
-    row = {"trade": 'alice\n7\n1\n1795876224939641\n{"price":"1"}'}
-    names = ("outbox", "outbox:dead", "history:last_id", "outbox:anew")
     script = redis_client.register_script(keys.PUT_ASIDE.text)
     await desk.mark("50000")
     await desk.deposit("alice", "10000")
@@ -128,5 +128,5 @@ async def test_rows_of_a_counter_that_was_a_time_for_a_while_are_recorded(
     recorded = expect(await desk.client.get("/trades"), 200)["items"]
     assert {item["id"] for item in recorded} >= {1795876224940}
     assert await redis_client.xlen("outbox:dead") == 0
-    await redis_client.xadd("outbox", row, id="1795876229999-0")  # type: ignore[arg-type]
-    assert await script(keys=names) == ["ok", 0]
+    await redis_client.xadd("outbox", ROW, id="1795876229999-0")  # type: ignore[arg-type]
+    assert await script(keys=NAMES) == ["ok", 0]

@@ -46,7 +46,18 @@ READS = {
     "XRANGE",
     *WITHOUT_KEY,
 }
-WRITES = {"DEL", "EXPIRE", "HDEL", "HSET", "INCR", "INCRBY", "MSET", "RENAME", "RPUSH", "SET", "SETRANGE"} | {
+WRITES = {
+    "DEL",
+    "EXPIRE",
+    "HDEL",
+    "HSET",
+    "INCR",
+    "INCRBY",
+    "MSET",
+    "RENAME",
+    "RPUSH",
+    "SET",
+    "SETRANGE",
     "XADD",
     "XDEL",
 }
